@@ -1,0 +1,191 @@
+"""What a draft checkpoint is (`DovetailConfig`, saved) and how a run goes (`TreeShape`, never saved).
+
+This module knows numbers and names only: no weights, no devices, no generation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+FUSIONS = ("dgf", "none")
+MAX_BLOCKS = 6
+_ROPE_TYPES_KEPT = ("default", "linear", "llama3", "yarn")
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """How large a tree the draft proposes in a round (paper: server setting 16/7/10, laptop setting 7/4/10).
+
+    Args:
+        nodes: nodes that the target verifies in one forward pass, not counting the root; 0 is plain decoding.
+        depth: expansions after the first level (EAGLE-2's `depth`); a path has at most `depth + 1` nodes.
+        top_k: nodes expanded per level, and children proposed per expanded node.
+
+    Raises:
+        ValueError: if a number is not an integer, or is out of range.
+    """
+
+    nodes: int = 16
+    depth: int = 7
+    top_k: int = 10
+
+    def __post_init__(self) -> None:
+        for name, least in (("nodes", 0), ("depth", 0), ("top_k", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"TreeShape.{name} is {value!r}; expected an integer of at least {least}")
+
+    @property
+    def levels(self) -> int:
+        """Largest number of nodes on a path from the root."""
+        return min(self.depth + 1, self.nodes)
+
+    def clipped(self, levels: int) -> TreeShape:
+        """The same shape with paths of at most `levels` nodes (none: plain decoding)."""
+        if levels >= self.levels:
+            return self
+        if levels <= 0:
+            return TreeShape(0, 0, self.top_k)
+        return TreeShape(self.nodes, levels - 1, self.top_k)
+
+    def as_chain(self) -> TreeShape:
+        """The widest chain within this shape, for targets that cannot verify branches."""
+        return TreeShape(self.levels, max(self.levels - 1, 0), 1)
+
+
+class DovetailConfig(PreTrainedConfig):
+    """Geometry of a draft and the target it was made for; never how to run (engine, threads, device, tree).
+
+    Args:
+        fusion: "dgf" (Dynamic Gating Fusion, arXiv 2412.18934) or "none" (an ordinary causal LM, see `causal_lm`).
+        target_name, target_type, target_hidden_size, target_vocab_size: the target that the draft imitates.
+        feature_layers: hidden states of the target that the draft reads; [-1] is the LM head's input.
+        final_logit_softcapping, logit_scale: what the target does to its LM head's output.
+        causal_lm: the wrapped model's configuration, for `fusion="none"`.
+
+    The other fields have the meaning they have in `LlamaConfig`.
+    """
+
+    model_type = "dovetail"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 1
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    mlp_bias: bool = False
+    rope_parameters: dict | None = None
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    fusion: str = "dgf"
+    target_name: str | None = None
+    target_type: str | None = None
+    target_hidden_size: int | None = None
+    target_vocab_size: int | None = None
+    feature_layers: list[int] | None = None
+    final_logit_softcapping: float | None = None
+    logit_scale: float = 1.0
+    causal_lm: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.fusion not in FUSIONS:
+            raise ValueError(f"fusion is {self.fusion!r}; expected one of {', '.join(FUSIONS)}")
+        if self.fusion == "dgf" and not 1 <= self.num_hidden_layers <= MAX_BLOCKS:
+            raise ValueError(f"num_hidden_layers is {self.num_hidden_layers}; a draft has 1 to {MAX_BLOCKS} blocks")
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.feature_layers is None:
+            self.feature_layers = [-1] if self.fusion == "dgf" else []
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def for_target(cls, target: PreTrainedConfig, num_hidden_layers: int, fusion: str) -> DovetailConfig:
+        """The configuration of a new draft with the target's own widths, heads and RoPE parameters."""
+        text = target.get_text_config(decoder=True)
+        heads = text.num_attention_heads
+        return cls(
+            vocab_size=text.vocab_size,
+            hidden_size=text.hidden_size,
+            intermediate_size=_intermediate_size(text),
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=heads,
+            num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            max_position_embeddings=text.max_position_embeddings,
+            rms_norm_eps=getattr(text, "rms_norm_eps", None) or 1e-6,
+            rope_parameters=_rope_parameters(text),
+            fusion=fusion,
+            final_logit_softcapping=getattr(text, "final_logit_softcapping", None),
+            logit_scale=_logit_scale(text),
+            **describe_target(target),
+        )
+
+    @classmethod
+    def for_causal_lm(cls, lm: PreTrainedConfig) -> DovetailConfig:
+        """The configuration that wraps an ordinary causal LM as a draft."""
+        text = lm.get_text_config(decoder=True)
+        return cls(
+            vocab_size=text.vocab_size,
+            hidden_size=text.hidden_size,
+            num_hidden_layers=text.num_hidden_layers,
+            num_attention_heads=text.num_attention_heads,
+            max_position_embeddings=getattr(text, "max_position_embeddings", None) or 1 << 30,
+            fusion="none",
+            final_logit_softcapping=getattr(text, "final_logit_softcapping", None),
+            logit_scale=_logit_scale(text),
+            causal_lm=lm.to_dict(),
+            **{name: getattr(text, name, None) for name in _SPECIAL_TOKENS},
+        )
+
+
+def describe_target(target: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of a draft's configuration that record its target."""
+    text = target.get_text_config(decoder=True)
+    return {
+        "target_name": target.name_or_path or None,
+        "target_type": text.model_type,
+        "target_hidden_size": text.hidden_size,
+        "target_vocab_size": text.vocab_size,
+        **{name: getattr(text, name, None) for name in _SPECIAL_TOKENS},
+    }
+
+
+def _intermediate_size(text: PreTrainedConfig) -> int:
+    """The target's MLP width; four times the hidden size where it is unset or differs between layers."""
+    size = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None)
+    return size if isinstance(size, int) else 4 * text.hidden_size
+
+
+def _rope_parameters(text: PreTrainedConfig) -> dict[str, Any]:
+    """The target's RoPE parameters, without kinds that depend on more than the position."""
+    rope = dict(getattr(text, "rope_parameters", None) or {})
+    if rope and "rope_type" not in rope:  # one set per layer type (Gemma 3): take the full-attention layers'
+        rope = dict(rope.get("full_attention") or next(iter(rope.values())))
+    rope.pop("partial_rotary_factor", None)
+    if rope.get("rope_type") in _ROPE_TYPES_KEPT:
+        return {"rope_theta": 10000.0, **rope}
+    return {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10000.0)}
+
+
+def _logit_scale(text: PreTrainedConfig) -> float:
+    """The factor that the target applies to its logits (Cohere multiplies, Granite divides)."""
+    if getattr(text, "logits_scaling", None):
+        return 1.0 / text.logits_scaling
+    return getattr(text, "logit_scale", None) or 1.0

@@ -1,0 +1,254 @@
+"""The seam to `transformers.generation`: the only file that knows its loops, processors and criteria.
+
+`dovetail_decoding` stands in for `GenerationMixin._assisted_decoding` when the assistant is a Dovetail draft;
+`check_request` refuses, before anything runs, what Dovetail does not decode. `register` installs both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import CandidateGenerator, GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
+
+from .config import TreeShape
+from .decode import GenerationStats, decode
+from .draft import DraftSession
+from .modeling import DovetailAssistantModel, check_fits
+from .target import Context, FeatureTap, open_target
+
+logger = logging.get_logger(__name__)
+
+_MODES = ("greedy_search", "sample", "assisted_generation")
+_OTHER_ASSISTANTS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type")
+_PREPARED = ("past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position")
+
+
+class DovetailCandidateGenerator(CandidateGenerator):
+    """One call's drafting session: a tree for Dovetail's loop, a chain for transformers' own assisted loop.
+
+    Args:
+        draft: the draft.
+        target: the model that verifies.
+        capacity: positions to reserve in the draft's cache; a hint.
+
+    Raises:
+        ValueError: if the draft does not fit the target, or was never loaded.
+    """
+
+    requires_model_outputs = True
+
+    def __init__(self, draft: DovetailAssistantModel, target: PreTrainedModel, capacity: int = 0) -> None:
+        self.draft, self.device = draft, draft.place()
+        draft.share_weights(target)
+        self.reads_features = draft.reads_features
+        self.model_kwargs_overrides = {"output_hidden_states": True} if self.reads_features else {}
+        self.session = DraftSession(draft, capacity)
+        self._known = 0  # tokens of `input_ids` that the session has; for the stock loop
+        self._warned = False
+
+    def begin(self, first: Tensor, start: int) -> None:
+        """Open the session with the first token (1, 1) that the target has read, at position `start`."""
+        self.session.begin(first, start)
+
+    def commit(self, tokens: Tensor, features: Tensor | None) -> None:
+        """Add certain tokens (1, T) and the features (1, T, h) of the positions before them."""
+        self.session.commit(tokens, features)
+
+    def propose(self, shape: TreeShape) -> Tensor:
+        """(1, 3, N) int32: the packed tree of a round (`tree.rerank`)."""
+        return self.session.grow(shape)
+
+    def room(self) -> int:
+        """Levels that the draft's positions still allow; without room the target goes on alone."""
+        end = self.draft.config.max_position_embeddings
+        room = max(end - self.session.length, 0)
+        if room == 0 and not self._warned:
+            self._warned = True
+            logger.warning(
+                "the sequence has reached the draft's last position (%d of %d): the target goes on alone, "
+                "at plain speed; the output stays the same", self.session.length, end,
+            )
+        return room
+
+    @torch.no_grad()
+    def get_candidates(
+        self,
+        input_ids: torch.LongTensor,
+        model_outputs: Any = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.LongTensor, None]:
+        """A chain of candidates behind `input_ids` (1, n), for transformers' stock assisted loop.
+
+        The first iteration proposes nothing, since it has no features yet. No logits are returned, so the
+        stock loop accepts by comparing tokens.
+        """
+        if is_first_iteration or model_outputs is None:
+            return input_ids, None
+        if self._known == 0:
+            rows = model_outputs.logits.shape[1] if not self.reads_features else model_outputs.hidden_states[-1].shape[1]
+            first = input_ids.shape[1] - 1 - rows
+            if first < 0 or not self.reads_features:
+                first = 0
+            self.begin(input_ids[:, first : first + 1].to(self.device), first)
+            self._known = first + 1
+        tokens = input_ids[:, self._known :].to(self.device)
+        features = model_outputs.hidden_states[-1][:, : tokens.shape[1]].to(self.device) if self.reads_features else None
+        self.commit(tokens, features)
+        self._known = input_ids.shape[1]
+        shape = self.draft.tree.as_chain().clipped(self.room())
+        if shape.nodes == 0:
+            return input_ids, None
+        chain = self.propose(shape)[:, 0].to(input_ids)
+        return torch.cat((input_ids, chain), dim=1), None
+
+
+class TokenSelector:
+    """Plain decoding's choice of the next token, and all that follows from it: scores, streamer, criteria.
+
+    A transcription of the body of `GenerationMixin._sample`'s loop, in its order, for one row.
+    """
+
+    def __init__(
+        self,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        streamer: BaseStreamer | None,
+    ) -> None:
+        self.input_ids = input_ids
+        self._processors, self._criteria, self._streamer = processors, criteria, streamer
+        self._do_sample, self._max_length = config.do_sample, config.max_length
+        keeps = config.return_dict_in_generate
+        self.scores: tuple | None = () if keeps and config.output_scores else None
+        self.logits: tuple | None = () if keeps and config.output_logits else None
+
+    def __call__(self, logits: Tensor) -> tuple[int, bool]:
+        """Choose from (1, V) logits; return the token and whether the answer ends with it."""
+        raw = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
+        processed = self._processors(self.input_ids, raw)
+        if self.scores is not None:
+            self.scores += (processed,)
+        if self.logits is not None:
+            self.logits += (raw,)
+        if self._do_sample:
+            token = torch.multinomial(nn.functional.softmax(processed, dim=-1), num_samples=1).squeeze(1)
+        else:
+            token = torch.argmax(processed, dim=-1)
+        self.input_ids = torch.cat([self.input_ids, token[:, None]], dim=-1)
+        finished = bool(self._criteria(self.input_ids, self.scores).all())
+        if self._streamer is not None:
+            self._streamer.put(token.cpu())
+        return int(token), finished
+
+    def remaining(self) -> int:
+        """Tokens that fit below the maximum length."""
+        return self._max_length - self.input_ids.shape[1]
+
+
+def check_request(target: PreTrainedModel, draft: DovetailAssistantModel, mode: str, config: GenerationConfig) -> None:
+    """Refuse what Dovetail does not decode, before the prompt is run.
+
+    Raises:
+        ValueError: saying what was asked for and what to do.
+    """
+    check_fits(draft, target)
+    if str(getattr(mode, "value", mode)) not in _MODES:
+        raise ValueError(
+            f"Dovetail decodes greedily or by sampling, but these arguments ask for {getattr(mode, 'value', mode)} "
+            f"(num_beams={config.num_beams}); set num_beams=1, or leave out assistant_model"
+        )
+    for name in _OTHER_ASSISTANTS:
+        if getattr(config, name, None):
+            raise ValueError(f"{name}={getattr(config, name)!r} asks for another way of drafting; leave it out, or leave out assistant_model")
+
+
+@torch.no_grad()
+def dovetail_decoding(
+    target: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    assistant_model: DovetailAssistantModel,
+    synced_gpus: bool = False,
+    streamer: BaseStreamer | None = None,
+    inputs_tensor: Tensor | None = None,
+    tokenizer: Any = None,
+    assistant_tokenizer: Any = None,
+    **model_kwargs: Any,
+) -> GenerateDecoderOnlyOutput | Tensor:
+    """Decode one answer with a draft; same arguments and result as `GenerationMixin._assisted_decoding`.
+
+    Raises:
+        ValueError: for input that cannot be decoded with a draft, saying what was given and what to do.
+    """
+    _check_inputs(input_ids, generation_config, model_kwargs, synced_gpus)
+    if _changes_rope(target, input_ids.shape[1], generation_config.max_length):
+        logger.warning("this answer may cross the length at which %s changes its RoPE; it is decoded plainly", type(target).__name__)
+        return target._sample(
+            input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **model_kwargs
+        )
+    selector = TokenSelector(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+    context = Context(
+        cache=model_kwargs["past_key_values"],
+        attention_mask=model_kwargs.get("attention_mask"),
+        position_ids=model_kwargs.get("position_ids"),
+        prompt_length=input_ids.shape[1],
+        max_length=generation_config.max_length,
+        options={k: v for k, v in model_kwargs.items() if k not in _PREPARED and v is not None},
+    )
+    shape, stats = assistant_model.tree, GenerationStats()
+    drafter = DovetailCandidateGenerator(assistant_model, target, input_ids.shape[1] + shape.nodes)
+
+    def prefill(cache: Any) -> Any:
+        return target._prefill(input_ids, generation_config, {**model_kwargs, "past_key_values": cache})
+
+    assistant_model.last_stats = stats
+    with FeatureTap(target, drafter.reads_features and shape.nodes > 0) as tap:
+        verifier = open_target(target, context, tap, shape.nodes)
+        decode(verifier, drafter, input_ids, prefill, selector, selector.remaining, shape, stats, assistant_model.watch)
+    if streamer is not None:
+        streamer.end()
+    keeps_cache = generation_config.return_dict_in_generate or getattr(context.cache, "_is_user_defined", False)
+    cache = verifier.finish() if keeps_cache else None
+    if not generation_config.return_dict_in_generate:
+        return selector.input_ids
+    return GenerateDecoderOnlyOutput(
+        sequences=selector.input_ids, scores=selector.scores, logits=selector.logits, past_key_values=cache
+    )
+
+
+def _check_inputs(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any], synced_gpus: bool) -> None:
+    """Refuse inputs that cannot be decoded with a draft."""
+    rows, length = input_ids.shape
+    if rows != 1:
+        raise ValueError(f"Dovetail decodes one prompt at a time, got a batch of {rows}; call generate once per prompt")
+    if model_kwargs.get("inputs_embeds") is not None:
+        raise ValueError("Dovetail needs token ids to draft from, got inputs_embeds; pass input_ids, or leave out assistant_model")
+    if length == 0:
+        raise ValueError("the prompt is empty (0 tokens); pass at least one token, such as the tokenizer's bos_token_id")
+    if not model_kwargs.get("use_cache") or model_kwargs.get("past_key_values") is None:
+        raise ValueError("Dovetail needs the target's key/value cache; pass use_cache=True, or leave out assistant_model")
+    if synced_gpus:
+        raise ValueError("synced_gpus=True is not supported with a Dovetail draft; leave out assistant_model")
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(config, name) and config.return_dict_in_generate:
+            raise ValueError(f"{name}=True is not supported with a Dovetail draft; leave it out, or leave out assistant_model")
+    tensors = [k for k, v in model_kwargs.items() if isinstance(v, Tensor) and k not in _PREPARED]
+    if tensors:
+        raise ValueError(f"Dovetail decodes text prompts only, got {', '.join(tensors)}; leave out assistant_model for these inputs")
+
+
+def _changes_rope(target: PreTrainedModel, length: int, max_length: int) -> bool:
+    """Whether the answer may cross the length at which a longrope model recomputes its cache (Phi-3)."""
+    text = target.config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None) or {}
+    original = getattr(text, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
+    return rope.get("rope_type") == "longrope" and original is not None and length <= original < max_length

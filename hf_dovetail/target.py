@@ -1,0 +1,265 @@
+"""The verifier: one forward pass of the target over a whole tree, and a cache that keeps the accepted path.
+
+Two kinds: `TreeTarget` for models whose attention can be given branches, `ChainTarget` for models whose cache
+can only be cropped (hybrid and recurrent ones). Both leave in the cache exactly the answer so far, without
+its last token. Knows models and caches; knows nothing of drafts, sampling or generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from .attention import BranchingMask, why_not_branching
+from .cache import GrowingCache, can_branch, num_cache_layers
+from .config import TreeShape
+from .tree import DraftTree
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """What the target says of each row it computed.
+
+    Args:
+        logits: (B, T, V) in the model's precision; after `prefill` of the last position only (T = 1).
+        features: (B, T, h) the LM head's inputs of every row, or None when they are not tapped.
+    """
+
+    logits: Tensor
+    features: Tensor | None
+
+
+@dataclass
+class Context:
+    """Where the sequence stands before a verification, as `generate` prepared it.
+
+    Args:
+        cache: the `Cache` that `generate` prepared or the user gave.
+        attention_mask: (1, n) 2D mask of the prompt (padding on the left), or None when nothing is masked.
+        position_ids: (..., n) of the prompt, or None to count the positions that are not padding.
+        prompt_length: n.
+        max_length: longest sequence that will be asked for, as a hint for the cache.
+        options: further keyword arguments that every forward pass gets, such as `output_router_logits`.
+    """
+
+    cache: Cache
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    prompt_length: int
+    max_length: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def padding(self) -> int:
+        """Masked positions at the start of the prompt."""
+        return 0 if self.attention_mask is None else int(self.attention_mask[0].argmax())
+
+    def root_position(self) -> Tensor:
+        """(..., 1) int64: position of the first new token."""
+        if self.position_ids is not None:
+            return self.position_ids[..., -1:] + 1
+        if self.attention_mask is not None:
+            return self.attention_mask.long().sum(dim=-1, keepdim=True)
+        return torch.tensor([[self.prompt_length]])
+
+
+class FeatureTap(AbstractContextManager):
+    """Collects the decoder's last hidden states, the LM head's inputs, while it is entered; leaves no trace."""
+
+    def __init__(self, model: PreTrainedModel, enabled: bool) -> None:
+        self._decoder, self._enabled = model.get_decoder(), enabled
+        self._taken: list[Tensor] = []
+        self._handle: Any = None
+        if enabled and self._decoder is model:
+            raise ValueError(f"{type(model).__name__} does not say which part is its decoder (get_decoder)")
+
+    def __enter__(self) -> FeatureTap:
+        if self._enabled:
+            self._handle = self._decoder.register_forward_hook(self._take)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+    def _take(self, module: object, inputs: object, output: Any) -> None:
+        self._taken.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+
+    def collect(self) -> Tensor | None:
+        """(B, T, h) of everything since the last call (several passes after a chunked prefill)."""
+        taken, self._taken = self._taken, []
+        return torch.cat(taken, dim=1) if taken else None
+
+
+class Target:
+    """What both kinds of verifier share.
+
+    Args:
+        model: the target.
+        context: where the sequence stands.
+        tap: collects features; entered by the caller for the length of the answer.
+        nodes: largest tree to expect, as a hint for the cache.
+    """
+
+    cache: Cache
+
+    def __init__(self, model: PreTrainedModel, context: Context, tap: FeatureTap, nodes: int) -> None:
+        self.model, self._context, self._tap = model, context, tap
+        self._root = context.root_position().to(model.device)  # position of the first new token
+        self._committed = 0  # new tokens that the cache holds
+        past = context.cache.get_seq_length()
+        self.first = max(past, context.padding)  # first position that a draft can learn of
+        self._skipped = self.first - past
+        self._adopt(nodes)
+
+    def prefill(self, forward: Callable[[Cache], Any]) -> TargetOutput:
+        """Run the prompt; `forward` calls the model with the cache that it is given.
+
+        The features are those of the positions from `first` on.
+        """
+        logits, features = forward(self.cache).logits, self._tap.collect()
+        return TargetOutput(logits[:, -1:], None if features is None else features[:, self._skipped :])
+
+    def allowed(self, shape: TreeShape) -> TreeShape:
+        """The part of `shape` that this target can verify at the current position."""
+        room = _position_limit(self.model, int(self._root.max()) + self._committed)
+        return shape if room is None else shape.clipped(room)
+
+    def _positions(self, depths: Tensor) -> Tensor:
+        return self._root + self._committed + depths.to(self._root.device)
+
+    def _adopt(self, nodes: int) -> None:
+        raise NotImplementedError
+
+    def verify(self, tree: DraftTree) -> TargetOutput:
+        """One forward pass over the root and all nodes of the tree."""
+        raise NotImplementedError
+
+    def commit(self, path: tuple[int, ...]) -> None:
+        """Keep a path of the verified tree, root first, and forget its other nodes."""
+        raise NotImplementedError
+
+    def finish(self) -> Cache:
+        """The cache in the form in which plain `generate` returns it."""
+        raise NotImplementedError
+
+    def _forward(self, tree: DraftTree, attention_mask: Any) -> TargetOutput:
+        device = self.model.device
+        logits = self.model(
+            input_ids=tree.tokens.to(device), position_ids=self._positions(tree.depths),
+            attention_mask=attention_mask, past_key_values=self.cache, use_cache=True,
+            **self._context.options,
+        ).logits
+        return TargetOutput(logits, self._tap.collect())
+
+    def _causal_mask(self, rows: int) -> Tensor | None:
+        """The prompt's 2D mask, with `rows` more positions than the cache holds."""
+        mask = self._context.attention_mask
+        if mask is None:
+            return None
+        return torch.cat((mask, mask.new_ones(1, self._committed + rows)), dim=1)
+
+
+class TreeTarget(Target):
+    """Verifies trees: tree mask, depth positions, and a cache that keeps one path in place."""
+
+    def _adopt(self, nodes: int) -> None:
+        self._branching = BranchingMask(self.model)
+        capacity = min(self._context.max_length, self._context.prompt_length + 256) + nodes + 1
+        self.cache = GrowingCache.adopt(self._context.cache, num_cache_layers(self.model.config), capacity)
+
+    def verify(self, tree: DraftTree) -> TargetOutput:
+        """One forward pass over the root and all nodes of the tree."""
+        if tree.num_nodes == 0:  # plain decoding: the model makes its own mask, as it would there
+            return self._forward(tree, self._causal_mask(1))
+        held, rows = self.cache.length, tree.tokens.shape[1]
+        prefix = torch.ones(1, rows, held, dtype=torch.bool)
+        if self._context.attention_mask is not None:
+            prompt = self._context.attention_mask.bool().cpu()
+            prefix[:, :, : prompt.shape[1]] = prompt[:, None, :held]
+        slots = held + tree.depths
+        keys = torch.cat((torch.arange(held).unsqueeze(0), slots), dim=1)
+        allowed = torch.cat((prefix, tree.ancestors), dim=-1)
+        device = self.model.device
+        return self._forward(tree, self._branching(allowed.to(device), slots.to(device), keys.to(device)))
+
+    def commit(self, path: tuple[int, ...]) -> None:
+        """Keep a path of the verified tree, root first, and forget its other nodes."""
+        self.cache.keep(self._held(), path)
+        self._committed += len(path)
+
+    def finish(self) -> Cache:
+        """The cache in the form in which plain `generate` returns it."""
+        self.cache.export(self._context.cache)
+        return self._context.cache
+
+    def _held(self) -> int:
+        return self._context.prompt_length + self._committed
+
+
+class ChainTarget(Target):
+    """Verifies chains on the model's own cache, which is cropped after each round."""
+
+    def _adopt(self, nodes: int) -> None:
+        self.cache = self._context.cache
+        self.cache.activate_past_recording()
+        self._rows = 0
+
+    def allowed(self, shape: TreeShape) -> TreeShape:
+        """The chain within `shape`."""
+        return super().allowed(shape.as_chain())
+
+    def verify(self, tree: DraftTree) -> TargetOutput:
+        """One forward pass over the root and the chain below it."""
+        self._rows = tree.tokens.shape[1]
+        return self._forward(tree, self._causal_mask(self._rows))
+
+    def commit(self, path: tuple[int, ...]) -> None:
+        """Keep the first `len(path)` rows of the verified chain."""
+        self.cache.crop(len(path) - self._rows)
+        self._committed += len(path)
+
+    def finish(self) -> Cache:
+        """The cache in the form in which plain `generate` returns it."""
+        for layer in self.cache.layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
+        return self.cache
+
+
+def open_target(model: PreTrainedModel, context: Context, tap: FeatureTap, nodes: int) -> Target:
+    """The verifier that suits the model and its cache.
+
+    Raises:
+        ValueError: if the model's cache can neither branch nor be cropped.
+    """
+    three_dimensional = context.position_ids is not None and context.position_ids.ndim > 2
+    if why_not_branching(model) is None and can_branch(context.cache) and not three_dimensional:
+        return TreeTarget(model, context, tap, nodes)
+    if type(context.cache) is not DynamicCache or context.cache.offloading or not context.cache.is_croppable:
+        raise ValueError(
+            f"Dovetail cannot verify drafts on a {type(context.cache).__name__}: its positions cannot be taken back; "
+            "leave out cache_implementation and past_key_values, or call generate without assistant_model"
+        )
+    return ChainTarget(model, context, tap, nodes)
+
+
+def _position_limit(model: PreTrainedModel, position: int) -> int | None:
+    """How deep a path may reach from a root at `position`, or None for no limit.
+
+    Learned position embeddings end; a dynamic RoPE changes with each token beyond its original length, so that
+    no forward pass may hold two such lengths.
+    """
+    text = model.config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None) or {}
+    end = getattr(text, "max_position_embeddings", None)
+    if end is not None and (not rope or rope.get("rope_type") == "dynamic"):
+        return max(end - 1 - position, 0)
+    return None

@@ -1,0 +1,146 @@
+"""The draft tree as flat tensors, and the pure functions that build, pack and draw it.
+
+Node 0 is the root: the last token of the answer so far, which the target has not seen yet. A node's parent
+always has a smaller index. Everything is batch-first; this module knows no model and no device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Every node that a draft has considered in a round, in the order of its levels, on the draft's device.
+
+    Args:
+        tokens: (B, C) int64.
+        parents: (B, C) int64, index of the parent candidate, -1 for children of the root.
+        log_probs: (B, C) float32, the draft's cumulative log-probability of the path to the node.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    log_probs: Tensor
+
+
+def rerank(candidates: Candidates, nodes: int) -> Tensor:
+    """Keep the `nodes` best candidates by cumulative log-probability (EAGLE-2, arXiv 2406.16858, section 4.2).
+
+    Returns a packed tree without its root: (B, 3, N) int32 of tokens, parents (0 is the root) and the bits of
+    the float32 log-probabilities, so that one copy takes it off the device. The sort is stable and a parent
+    stands before its children, so a kept node's parent is kept.
+    """
+    order = candidates.log_probs.argsort(dim=-1, descending=True, stable=True)
+    kept = order[:, :nodes].sort(dim=-1).values  # (B, N) candidate indices, parents first
+    parents = candidates.parents.gather(1, kept)
+    flat_parents = torch.searchsorted(kept, parents) + 1
+    flat_parents = torch.where(parents < 0, torch.zeros_like(parents), flat_parents)
+    tokens = candidates.tokens.gather(1, kept).int()
+    log_probs = candidates.log_probs.gather(1, kept).float().view(torch.int32)
+    return torch.stack((tokens, flat_parents.int(), log_probs), dim=1)
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """A tree of proposed tokens on the host.
+
+    Args:
+        tokens: (B, N) int64; column 0 is the root.
+        parents: (B, N) int64; -1 for the root, otherwise smaller than the node's own index.
+        log_probs: (B, N) float32, cumulative log-probability in the draft; 0 for the root.
+
+    Raises:
+        ValueError: if the shapes differ or a parent does not stand before its child.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    log_probs: Tensor
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 2 or not self.tokens.shape == self.parents.shape == self.log_probs.shape:
+            shapes = [tuple(t.shape) for t in (self.tokens, self.parents, self.log_probs)]
+            raise ValueError(f"tokens, parents and log_probs of a tree must share one (B, N) shape, got {shapes}")
+        index = torch.arange(self.tokens.shape[1])
+        if not bool((self.parents < index).all()) or not bool((self.parents[:, 1:] >= 0).all()):
+            raise ValueError(f"every node's parent must stand before it, got parents {self.parents.tolist()}")
+
+    @classmethod
+    def unpack(cls, root: Tensor, packed: Tensor) -> DraftTree:
+        """The tree under `root` (B, 1) from `rerank`'s packed form (B, 3, N) on the host."""
+        batch = root.shape[0]
+        zeros = torch.zeros(batch, 1)
+        return cls(
+            tokens=torch.cat((root, packed[:, 0].long()), dim=1),
+            parents=torch.cat((torch.full((batch, 1), -1), packed[:, 1].long()), dim=1),
+            log_probs=torch.cat((zeros, packed[:, 2].contiguous().view(torch.float32)), dim=1),
+        )
+
+    @classmethod
+    def root_only(cls, root: Tensor) -> DraftTree:
+        """The tree that proposes nothing: plain decoding. `root`: (B, 1) int64."""
+        return cls(root, torch.full_like(root, -1), torch.zeros(root.shape))
+
+    @property
+    def num_nodes(self) -> int:
+        """Proposed nodes, not counting the root."""
+        return self.tokens.shape[1] - 1
+
+    @cached_property
+    def ancestors(self) -> Tensor:
+        """(B, N, N) bool: whether the column's node is the row's node or one of its ancestors."""
+        batch, size = self.tokens.shape
+        mask = np.broadcast_to(np.eye(size, dtype=bool), (batch, size, size)).copy()
+        for row, parents in zip(mask, self.parents.tolist(), strict=True):
+            for node, parent in enumerate(parents[1:], start=1):
+                row[node] |= row[parent]  # the parent's row is complete: it stands before its children
+        return torch.from_numpy(mask)
+
+    @cached_property
+    def depths(self) -> Tensor:
+        """(B, N) int64: edges between the node and the root."""
+        return self.ancestors.sum(dim=-1) - 1
+
+    @cached_property
+    def _children(self) -> list[dict[tuple[int, int], int]]:
+        rows = zip(self.tokens.tolist(), self.parents.tolist(), strict=True)
+        return [
+            {(parent, token): node for node, (token, parent) in reversed(list(enumerate(zip(*row, strict=True))))}
+            for row in rows
+        ]
+
+    def child(self, node: int, token: int, row: int = 0) -> int | None:
+        """The child of `node` that carries `token`, or None."""
+        return self._children[row].get((node, token))
+
+    def path(self, node: int, row: int = 0) -> list[int]:
+        """The nodes from the root to `node`, both included."""
+        return self.ancestors[row, node].nonzero().flatten().tolist()
+
+    def draw(self, decode: Callable[[int], str] = str, accepted: tuple[int, ...] = (), row: int = 0) -> str:
+        """The tree as text, one node a line: token, probability on its path, and a mark on accepted nodes."""
+        tokens, parents = self.tokens[row].tolist(), self.parents[row].tolist()
+        probabilities = self.log_probs[row].exp().tolist()
+        children: dict[int, list[int]] = {}
+        for node, parent in enumerate(parents):
+            children.setdefault(parent, []).append(node)
+        lines: list[str] = []
+
+        def visit(node: int, indent: str, branch: str, below: str) -> None:
+            mark = " *" if node in accepted else ""
+            share = "" if node == 0 else f"  {probabilities[node]:.2f}"
+            lines.append(f"{indent}{branch}{decode(tokens[node])!r}{share}{mark}")
+            kids = children.get(node, [])
+            for kid in kids:
+                last = kid == kids[-1]
+                visit(kid, indent + below, "`- " if last else "|- ", "   " if last else "|  ")
+
+        visit(0, "", "", "")
+        return "\n".join(lines)

@@ -1,0 +1,97 @@
+"""Fixtures: tiny targets (made once per session), drafts for them, and the real models beside the repository."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tiny  # noqa: E402
+
+import hf_dovetail  # noqa: E402
+from hf_dovetail import DovetailAssistantModel  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ROOT.parent / "shared" / "models"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Tiny models are slower on more threads, and other jobs may share the machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[[str], PreTrainedModel]:
+    """Makes the tiny model of a family, once."""
+    return cache(tiny.build)
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    """A tiny Llama that a test may change."""
+    return tiny.build("llama")
+
+
+@pytest.fixture
+def noisy(llama: PreTrainedModel) -> DovetailAssistantModel:
+    """A draft that `llama` accepts often, not always."""
+    return tiny.draft_for(llama, "noisy")
+
+
+@pytest.fixture
+def untrained(llama: PreTrainedModel) -> DovetailAssistantModel:
+    """A new DGF draft for `llama`, nearly always rejected."""
+    return tiny.draft_for(llama, "untrained")
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    """A prompt for the tiny models."""
+    return tiny.prompt()
+
+
+def _real(name: str) -> Path:
+    folder = MODELS / name
+    if not (folder / "config.json").exists():
+        pytest.skip(f"the real model {name} is not at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_target() -> PreTrainedModel:
+    """The babyllama of shared/models that writes stories."""
+    return AutoModelForCausalLM.from_pretrained(_real("babyllama-tok361as105"), dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer() -> PreTrainedTokenizerBase:
+    """Its tokenizer."""
+    return AutoTokenizer.from_pretrained(_real("babyllama-tok361as105"))
+
+
+@pytest.fixture(scope="session")
+def real_draft() -> DovetailAssistantModel:
+    """Another babyllama of the same vocabulary, as a draft."""
+    lm = AutoModelForCausalLM.from_pretrained(_real("babyllama-tok105"), dtype=torch.float32)
+    draft = DovetailAssistantModel.from_causal_lm(lm)
+    draft.draft_device = "cpu"
+    return draft
+
+
+@pytest.fixture
+def unregistered() -> Iterator[None]:
+    """transformers as it is without hf_dovetail; registered again afterwards."""
+    hf_dovetail.unregister()
+    try:
+        yield
+    finally:
+        hf_dovetail.register()
