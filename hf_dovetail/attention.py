@@ -70,6 +70,8 @@ def why_not_branching(model: PreTrainedModel) -> str | None:
         return f"{name} has layers of type {sorted(unknown)}; branches need attention layers"
     if getattr(text, "attention_chunk_size", None) is not None:
         return f"{name} has chunked attention"
+    if getattr(text, "attention_types", None) is not None:
+        return f"{name} counts its local attention in the order of its keys"
     parameters = inspect.signature(model.forward).parameters
     if "position_ids" not in parameters or getattr(text, "alibi", False):
         return f"{name} takes positions from the order of its keys (no position_ids)"

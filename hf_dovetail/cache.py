@@ -40,7 +40,9 @@ class GrowingLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Append (B, H, T, D) states and return all of them, without copying the earlier ones."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

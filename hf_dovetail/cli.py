@@ -21,9 +21,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hf-dovetail", description="Dovetail speculative decoding for Hugging Face models.")
+    parser = argparse.ArgumentParser(
+        prog="hf-dovetail", description="Dovetail speculative decoding for Hugging Face models."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    demo = commands.add_parser("demo", help="write code with the pair of models in the package, with and without Dovetail")
+    demo = commands.add_parser(
+        "demo", help="write code with the pair of models in the package, with and without Dovetail"
+    )
     demo.add_argument("--prompt", help="text to continue (default: a HumanEval problem)")
     demo.add_argument("--max-new-tokens", type=int, default=128)
     demo.add_argument("--repeats", type=int, default=3, help="timed answers of each kind")

@@ -128,7 +128,7 @@ class DovetailConfig(PreTrainedConfig):
             num_attention_heads=heads,
             num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-            max_position_embeddings=text.max_position_embeddings,
+            max_position_embeddings=_max_positions(text),
             rms_norm_eps=getattr(text, "rms_norm_eps", None) or 1e-6,
             rope_parameters=_rope_parameters(text),
             fusion=fusion,
@@ -146,7 +146,7 @@ class DovetailConfig(PreTrainedConfig):
             hidden_size=text.hidden_size,
             num_hidden_layers=text.num_hidden_layers,
             num_attention_heads=text.num_attention_heads,
-            max_position_embeddings=getattr(text, "max_position_embeddings", None) or 1 << 30,
+            max_position_embeddings=_max_positions(text),
             fusion="none",
             final_logit_softcapping=getattr(text, "final_logit_softcapping", None),
             logit_scale=_logit_scale(text),
@@ -171,6 +171,11 @@ def _intermediate_size(text: PreTrainedConfig) -> int:
     """The target's MLP width; four times the hidden size where it is unset or differs between layers."""
     size = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None)
     return size if isinstance(size, int) else 4 * text.hidden_size
+
+
+def _max_positions(text: PreTrainedConfig) -> int:
+    """The model's last position; without one (ALiBi), more than any prompt has."""
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None) or 1 << 24
 
 
 def _rope_parameters(text: PreTrainedConfig) -> dict[str, Any]:

@@ -144,12 +144,11 @@ def decode(
         stats.new_tokens += 1
         if finished:
             return
-        first = target.first
-        root = torch.tensor([[token]])
+        known, root = prompt[:, prompt.shape[1] - (target.held - target.first) :], torch.tensor([[token]])
         with stats.clock("draft_ms"):
             if shape.nodes:
-                drafter.begin(_to_draft(prompt[:, first : first + 1], drafter, stats), first)
-                _commit(drafter, torch.cat((prompt[:, first + 1 :].cpu(), root), dim=1), output, stats)
+                drafter.begin(_to_draft(known[:, :1], drafter, stats), target.first)
+                _commit(drafter, torch.cat((known[:, 1:].cpu(), root), dim=1), output, stats)
         while not finished:
             tree = _propose(drafter, root, target.allowed(shape.clipped(min(remaining() - 1, drafter.room()))), stats)
             with stats.clock("verify_ms"):

@@ -23,7 +23,9 @@ def pair_path(part: str = "") -> Path:
     return Path(str(files("hf_dovetail"))) / "pair" / part
 
 
-def load_pair(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, DovetailAssistantModel, PreTrainedTokenizerBase]:
+def load_pair(
+    dtype: torch.dtype = torch.float32,
+) -> tuple[PreTrainedModel, DovetailAssistantModel, PreTrainedTokenizerBase]:
     """The demo target on the CPU, its draft, and their tokenizer; offline."""
     target = AutoModelForCausalLM.from_pretrained(pair_path("target"), dtype=dtype)
     draft = DovetailAssistantModel.from_pretrained(pair_path("draft"), dtype=dtype)
@@ -57,8 +59,12 @@ class DemoResult:
 
 
 def run_demo(
-    target: PreTrainedModel, draft: DovetailAssistantModel, tokenizer: PreTrainedTokenizerBase,
-    prompt: str, max_new_tokens: int, repeats: int,
+    target: PreTrainedModel,
+    draft: DovetailAssistantModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int,
+    repeats: int,
 ) -> DemoResult:
     """Decode one prompt plainly and with Dovetail, in turns, `repeats` times each after a warm-up."""
     inputs = tokenizer(prompt, return_tensors="pt").to(target.device)
@@ -90,29 +96,41 @@ def _timed(target: PreTrainedModel, inputs: Any, max_new_tokens: int, **assistan
     return answer, time.perf_counter() - begin
 
 
-def report(result: DemoResult, target: PreTrainedModel, draft: DovetailAssistantModel, tokenizer: PreTrainedTokenizerBase) -> str:
+def report(
+    result: DemoResult, target: PreTrainedModel, draft: DovetailAssistantModel, tokenizer: PreTrainedTokenizerBase
+) -> str:
     """The demo's figures as text."""
     stats = result.stats
     total = stats.prefill_ms + stats.draft_ms + stats.verify_ms + stats.overhead_ms
     split = ", ".join(
-        f"{name} {100 * getattr(stats, f'{name}_ms') / total:.0f} %" for name in ("prefill", "draft", "verify", "overhead")
+        f"{name} {100 * getattr(stats, f'{name}_ms') / total:.0f} %"
+        for name in ("prefill", "draft", "verify", "overhead")
     )
     fullest = result.fullest
     same = "yes, token for token" if result.identical else "NO - please report this"
-    return "\n".join([
-        f"target   {_describe(target)}",
-        f"draft    {_describe(draft)}",
-        f"plain    {stats.new_tokens / result.plain_s:7.1f} tokens/s",
-        f"dovetail {stats.new_tokens / result.dovetail_s:7.1f} tokens/s  ({result.plain_s / result.dovetail_s:.2f} x plain)",
-        f"identical output: {same} ({stats.new_tokens} tokens)",
-        f"tokens per round: {stats.tokens_per_round:.2f} in {stats.rounds} rounds of {draft.tree.nodes} nodes",
-        f"time: {split}",
-        "the tree of the fullest round (* accepted, with the draft's probability of the path):",
-        fullest.tree.draw(lambda token: tokenizer.decode([token]), fullest.accepted.path[1:]),
-    ])
+    speedup = result.plain_s / result.dovetail_s
+    return "\n".join(
+        [
+            f"target   {_describe(target)}",
+            f"draft    {_describe(draft)}",
+            f"plain    {stats.new_tokens / result.plain_s:7.1f} tokens/s",
+            f"dovetail {stats.new_tokens / result.dovetail_s:7.1f} tokens/s  ({speedup:.2f} x plain)",
+            f"identical output: {same} ({stats.new_tokens} tokens)",
+            f"tokens per round: {stats.tokens_per_round:.2f} in {stats.rounds} rounds of {draft.tree.nodes} nodes",
+            f"time: {split}",
+            "the tree of the fullest round (* accepted, with the draft's probability of the path):",
+            fullest.tree.draw(lambda token: tokenizer.decode([token]), fullest.accepted.path[1:]),
+        ]
+    )
 
 
 def _describe(model: PreTrainedModel) -> str:
     size = sum(p.numel() for p in model.parameters())
-    where = platform.processor() or platform.machine() if model.device.type == "cpu" else torch.cuda.get_device_name(model.device)
-    return f"{type(model).__name__}, {size / 1e6:.2f} M parameters, {str(model.dtype).removeprefix('torch.')}, on {model.device} ({where})"
+    precision = str(model.dtype).removeprefix("torch.")
+    return f"{type(model).__name__}, {size / 1e6:.2f} M parameters, {precision}, on {_device_name(model.device)}"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"

@@ -101,7 +101,9 @@ class DraftSession:
             hidden = hidden.gather(1, rows.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
             frontier = best + (width + (level - 1) * width * width)
             own = torch.eye(width, dtype=torch.bool, device=self._device).unsqueeze(0)
-            ancestry = torch.cat((ancestry.gather(1, rows.unsqueeze(-1).expand(-1, -1, ancestry.shape[-1])), own), dim=-1)
+            ancestry = torch.cat(
+                (ancestry.gather(1, rows.unsqueeze(-1).expand(-1, -1, ancestry.shape[-1])), own), dim=-1
+            )
         return Candidates(*(torch.cat(parts, dim=1) for parts in zip(*found, strict=True)))
 
     def _best(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:

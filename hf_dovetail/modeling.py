@@ -7,24 +7,20 @@ are the target's own (`SharedWeights`); a checkpoint does not hold them.
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.utils import logging
 
 from .attention import BranchingMask, why_not_branching
 from .cache import GrowingCache, num_cache_layers
 from .config import DovetailConfig, TreeShape
-
-logger = logging.get_logger(__name__)
+from .weights import SharedWeights, check_finite, check_fits, check_loaded, save_tokenizer
 
 
 class DynamicGatingFusion(nn.Module):
@@ -47,48 +43,6 @@ class DynamicGatingFusion(nn.Module):
         from_token = F.silu(self.input_layernorm(embeddings) @ self.W_2)
         gate = torch.sigmoid(torch.cat((from_feature, from_token), dim=-1) @ self.W_z)
         return gate * from_feature + (1 - gate) * from_token
-
-
-@dataclass(frozen=True)
-class SharedWeights:
-    """The target's embeddings and LM head, on the draft's device and in its precision.
-
-    Args:
-        embedding: (V, h). head: (V, h), the same tensor where the target ties them. bias: (V,) or None.
-        sources: the target's own tensors (weakly) and their versions, to notice another or a changed target.
-    """
-
-    embedding: Tensor
-    head: Tensor
-    bias: Tensor | None
-    sources: tuple[tuple[weakref.ref, int], ...]
-
-    @classmethod
-    def of(cls, target: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> SharedWeights:
-        """Share where device and precision agree, copy where they do not."""
-        sources = _shared_tensors(target)
-        copies = {id(t): t.detach().to(device=device, dtype=dtype) for t in sources}
-        embedding, head, *bias = (copies[id(t)] for t in sources)
-        return cls(embedding, head, bias[0] if bias else None, tuple((weakref.ref(t), t._version) for t in sources))
-
-    def still_of(self, target: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether these are still the weights of `target`, on this device and in this precision."""
-        tensors = _shared_tensors(target)
-        return (
-            (self.head.device, self.head.dtype) == (device, dtype)
-            and len(tensors) == len(self.sources)
-            and all(ref() is t and v == t._version for t, (ref, v) in zip(tensors, self.sources, strict=True))
-        )
-
-
-def _shared_tensors(target: PreTrainedModel) -> list[Tensor]:
-    """The target's embedding matrix, LM head matrix and LM head bias, if it has one."""
-    head = target.get_output_embeddings()
-    if head is None or getattr(head, "weight", None) is None:
-        raise ValueError(f"{type(target).__name__} has no LM head with a weight matrix, which the draft would share")
-    tensors = [target.get_input_embeddings().weight, head.weight]
-    bias = getattr(head, "bias", None)
-    return tensors if bias is None else [*tensors, bias]
 
 
 class DovetailAssistantModel(PreTrainedModel):
@@ -147,7 +101,9 @@ class DovetailAssistantModel(PreTrainedModel):
             raise ValueError(f"{type(target).__name__} is an encoder-decoder; Dovetail drafts for decoder-only targets")
         config = DovetailConfig.for_target(target.config, num_hidden_layers, fusion)
         if config.fusion == "none":
-            raise ValueError('fusion="none" wraps an existing language model; use DovetailAssistantModel.from_causal_lm(lm)')
+            raise ValueError(
+                'fusion="none" wraps an existing language model; use DovetailAssistantModel.from_causal_lm(lm)'
+            )
         draft = cls(config)
         draft.reset_parameters()
         return draft.to(target.dtype).eval()
@@ -193,26 +149,32 @@ class DovetailAssistantModel(PreTrainedModel):
         """Whether drafting needs the target's features."""
         return self.config.fusion != "none"
 
-    def place(self) -> torch.device:
-        """Move the network to `draft_device`, wherever a pipeline put it, and return that device."""
-        device = resolve_device(self.draft_device)
-        if self.device != device:
-            self.to(device)
-        return self.device
+    def meet(self, target: PreTrainedModel) -> torch.device:
+        """Get ready to draft for `target`: go to `draft_device`, wherever a pipeline put the draft, and take the
+        target's embeddings and LM head there, if they are not there yet.
 
-    def share_weights(self, target: PreTrainedModel) -> None:
-        """Meet a target: take its embeddings and LM head to the draft's device, if they are not there yet.
+        Returns:
+            The device of the draft.
 
         Raises:
             ValueError: if the draft does not fit the target, or its own weights were never loaded.
         """
-        check_fits(self, target)
+        check_fits(self.config, target)
+        if not self.reads_features:
+            if self.lm is not target:  # a target that drafts for itself stays where it is
+                self._place()
+            return self.device
         if self._shared is None:
             check_finite(self)
-        if self.reads_features and (
-            self._shared is None or not self._shared.still_of(target, self.device, self.dtype)
-        ):
+        self._place()
+        if self._shared is None or not self._shared.still_of(target, self.device, self.dtype):
             self._shared = SharedWeights.of(target, self.device, self.dtype)
+        return self.device
+
+    def _place(self) -> None:
+        device = resolve_device(self.draft_device)
+        if self.device != device:
+            self.to(device)
 
     def new_cache(self, capacity: int) -> GrowingCache:
         """An empty cache for one drafting session."""
@@ -248,13 +210,18 @@ class DovetailAssistantModel(PreTrainedModel):
         if self.config.fusion == "none":
             decoder = self.lm.get_decoder()
             return decoder(
-                input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask,
-                past_key_values=past_key_values, use_cache=past_key_values is not None,
+                input_ids=input_ids,
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                use_cache=past_key_values is not None,
             ).last_hidden_state
         hidden = self.fusion(F.embedding(input_ids, self._weights.embedding), features)
         rotary = self.rotary_emb(hidden, position_ids)
         for layer in self.layers:
-            hidden = layer(hidden, attention_mask=attention_mask, position_embeddings=rotary, past_key_values=past_key_values)
+            hidden = layer(
+                hidden, attention_mask=attention_mask, position_embeddings=rotary, past_key_values=past_key_values
+            )
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -269,7 +236,7 @@ class DovetailAssistantModel(PreTrainedModel):
     @property
     def _weights(self) -> SharedWeights:
         if self._shared is None:
-            raise RuntimeError("this draft has not met its target yet; call draft.share_weights(target) first")
+            raise RuntimeError("this draft has not met its target yet; call draft.meet(target) first")
         return self._shared
 
     def __getstate__(self) -> dict[str, Any]:
@@ -287,7 +254,9 @@ class DovetailAssistantModel(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         try:
             draft, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True,
+                pretrained_model_name_or_path,
+                *args,
+                output_loading_info=True,
                 **{**kwargs, "ignore_mismatched_sizes": True},
             )
         except SafetensorError as error:
@@ -306,7 +275,8 @@ class DovetailAssistantModel(PreTrainedModel):
         saved = DovetailConfig.from_pretrained(save_directory)
         saved.architectures = [type(self).__name__, "AutoModelForCausalLM"]
         saved.save_pretrained(save_directory)
-        save_tokenizer([self.config.name_or_path, self.config.target_name], save_directory)
+        names = [self.config.name_or_path, self.config.target_name]
+        save_tokenizer(names if self.reads_features else [self.lm.name_or_path, *names], save_directory)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -318,72 +288,6 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if device.type != "cpu" and device.index is None:
         device = torch.device(device.type, torch.accelerator.current_device_index())
     return device
-
-
-def check_fits(draft: DovetailAssistantModel, target: PreTrainedModel) -> None:
-    """Refuse a target that the draft was not made for.
-
-    Raises:
-        ValueError: naming what differs, with both values.
-    """
-    if target.config.is_encoder_decoder:
-        raise ValueError(f"{type(target).__name__} is an encoder-decoder; Dovetail drafts for decoder-only targets")
-    config, text = draft.config, target.config.get_text_config(decoder=True)
-    pairs = [("vocab_size", config.vocab_size, text.vocab_size)]
-    if draft.reads_features:
-        pairs.append(("hidden_size", config.hidden_size, text.hidden_size))
-        pairs.append(("model type", config.target_type or text.model_type, text.model_type))
-    for name, made_for, found in pairs:
-        if made_for != found:
-            raise ValueError(
-                f"this draft does not fit the target: the draft was made for {name} {made_for}, the target "
-                f"{type(target).__name__} has {found}; use the draft of this target, or train one with DovetailAssistantModel.from_target"
-            )
-
-
-def check_finite(draft: DovetailAssistantModel) -> None:
-    """Refuse a draft with a weight that is NaN or infinite, such as one that was never loaded.
-
-    Raises:
-        ValueError: naming the first such weight.
-    """
-    for name, parameter in draft.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise ValueError(
-                f"weight {name} of the draft is not finite: it was never loaded, or its checkpoint is damaged; "
-                "use from_pretrained, or from_target and train it"
-            )
-
-
-def check_loaded(info: dict[str, Any], source: str) -> None:
-    """Refuse a checkpoint whose weights are not exactly the network's.
-
-    Raises:
-        ValueError: naming the weights.
-    """
-    misshapen = [f"{key} has shape {tuple(found)}, expected {tuple(expected)}" for key, found, expected in info["mismatched_keys"]]
-    problems = [
-        f"{word}: {', '.join(sorted(keys))}"
-        for word, keys in (
-            ("missing", info["missing_keys"]), ("not part of the network", info["unexpected_keys"]), ("misshapen", misshapen),
-        )
-        if keys
-    ]
-    if problems:
-        raise ValueError(f"the weights in {source} are not those of this draft; " + "; ".join(problems))
-
-
-def save_tokenizer(sources: list[str | None], directory: str | os.PathLike) -> None:
-    """Save the tokenizer of the first source that has one on this machine beside a draft."""
-    if os.path.exists(os.path.join(directory, "tokenizer_config.json")):
-        return
-    for source in filter(None, sources):
-        try:
-            AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(directory)
-            return
-        except (OSError, ValueError):
-            continue
-    logger.warning("no tokenizer found for this draft; save the target's into %s to use it in a pipeline by path", directory)
 
 
 def _lm_config(config: DovetailConfig) -> Any:

@@ -18,8 +18,9 @@ from transformers.utils import logging
 from .config import TreeShape
 from .decode import GenerationStats, decode
 from .draft import DraftSession
-from .modeling import DovetailAssistantModel, check_fits
+from .modeling import DovetailAssistantModel
 from .target import Context, FeatureTap, open_target
+from .weights import check_fits
 
 logger = logging.get_logger(__name__)
 
@@ -43,8 +44,7 @@ class DovetailCandidateGenerator(CandidateGenerator):
     requires_model_outputs = True
 
     def __init__(self, draft: DovetailAssistantModel, target: PreTrainedModel, capacity: int = 0) -> None:
-        self.draft, self.device = draft, draft.place()
-        draft.share_weights(target)
+        self.draft, self.device = draft, draft.meet(target)
         self.reads_features = draft.reads_features
         self.model_kwargs_overrides = {"output_hidden_states": True} if self.reads_features else {}
         self.session = DraftSession(draft, capacity)
@@ -71,7 +71,9 @@ class DovetailCandidateGenerator(CandidateGenerator):
             self._warned = True
             logger.warning(
                 "the sequence has reached the draft's last position (%d of %d): the target goes on alone, "
-                "at plain speed; the output stays the same", self.session.length, end,
+                "at plain speed; the output stays the same",
+                self.session.length,
+                end,
             )
         return room
 
@@ -90,15 +92,14 @@ class DovetailCandidateGenerator(CandidateGenerator):
         """
         if is_first_iteration or model_outputs is None:
             return input_ids, None
-        if self._known == 0:
-            rows = model_outputs.logits.shape[1] if not self.reads_features else model_outputs.hidden_states[-1].shape[1]
-            first = input_ids.shape[1] - 1 - rows
-            if first < 0 or not self.reads_features:
-                first = 0
+        if self._known == 0:  # a continued conversation starts in the middle
+            first = input_ids.shape[1] - 1 - model_outputs.hidden_states[-1].shape[1] if self.reads_features else 0
             self.begin(input_ids[:, first : first + 1].to(self.device), first)
             self._known = first + 1
         tokens = input_ids[:, self._known :].to(self.device)
-        features = model_outputs.hidden_states[-1][:, : tokens.shape[1]].to(self.device) if self.reads_features else None
+        features = (
+            model_outputs.hidden_states[-1][:, : tokens.shape[1]].to(self.device) if self.reads_features else None
+        )
         self.commit(tokens, features)
         self._known = input_ids.shape[1]
         shape = self.draft.tree.as_chain().clipped(self.room())
@@ -158,7 +159,7 @@ def check_request(target: PreTrainedModel, draft: DovetailAssistantModel, mode: 
     Raises:
         ValueError: saying what was asked for and what to do.
     """
-    check_fits(draft, target)
+    check_fits(draft.config, target)
     if str(getattr(mode, "value", mode)) not in _MODES:
         raise ValueError(
             f"Dovetail decodes greedily or by sampling, but these arguments ask for {getattr(mode, 'value', mode)} "
@@ -166,7 +167,10 @@ def check_request(target: PreTrainedModel, draft: DovetailAssistantModel, mode: 
         )
     for name in _OTHER_ASSISTANTS:
         if getattr(config, name, None):
-            raise ValueError(f"{name}={getattr(config, name)!r} asks for another way of drafting; leave it out, or leave out assistant_model")
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} asks for another way of drafting; leave out one of the two, "
+                "it or assistant_model"
+            )
 
 
 @torch.no_grad()
@@ -191,7 +195,10 @@ def dovetail_decoding(
     """
     _check_inputs(input_ids, generation_config, model_kwargs, synced_gpus)
     if _changes_rope(target, input_ids.shape[1], generation_config.max_length):
-        logger.warning("this answer may cross the length at which %s changes its RoPE; it is decoded plainly", type(target).__name__)
+        logger.warning(
+            "this answer may cross the length at which %s changes its RoPE; it is decoded plainly",
+            type(target).__name__,
+        )
         return target._sample(
             input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **model_kwargs
         )
@@ -211,8 +218,9 @@ def dovetail_decoding(
         return target._prefill(input_ids, generation_config, {**model_kwargs, "past_key_values": cache})
 
     assistant_model.last_stats = stats
-    with FeatureTap(target, drafter.reads_features and shape.nodes > 0) as tap:
-        verifier = open_target(target, context, tap, shape.nodes)
+    tap = FeatureTap(target, drafter.reads_features and shape.nodes > 0)
+    verifier = open_target(target, context, tap, shape.nodes)
+    with tap, verifier:
         decode(verifier, drafter, input_ids, prefill, selector, selector.remaining, shape, stats, assistant_model.watch)
     if streamer is not None:
         streamer.end()
@@ -231,19 +239,29 @@ def _check_inputs(input_ids: Tensor, config: GenerationConfig, model_kwargs: dic
     if rows != 1:
         raise ValueError(f"Dovetail decodes one prompt at a time, got a batch of {rows}; call generate once per prompt")
     if model_kwargs.get("inputs_embeds") is not None:
-        raise ValueError("Dovetail needs token ids to draft from, got inputs_embeds; pass input_ids, or leave out assistant_model")
+        raise ValueError(
+            "Dovetail needs token ids to draft from, got inputs_embeds; pass input_ids, or leave out assistant_model"
+        )
     if length == 0:
-        raise ValueError("the prompt is empty (0 tokens); pass at least one token, such as the tokenizer's bos_token_id")
+        raise ValueError(
+            "the prompt is empty (0 tokens); pass at least one token, such as the tokenizer's bos_token_id"
+        )
     if not model_kwargs.get("use_cache") or model_kwargs.get("past_key_values") is None:
-        raise ValueError("Dovetail needs the target's key/value cache; pass use_cache=True, or leave out assistant_model")
+        raise ValueError(
+            "Dovetail needs the target's key/value cache; pass use_cache=True, or leave out assistant_model"
+        )
     if synced_gpus:
         raise ValueError("synced_gpus=True is not supported with a Dovetail draft; leave out assistant_model")
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(config, name) and config.return_dict_in_generate:
-            raise ValueError(f"{name}=True is not supported with a Dovetail draft; leave it out, or leave out assistant_model")
+            raise ValueError(
+                f"{name}=True is not supported with a Dovetail draft; leave it out, or leave out assistant_model"
+            )
     tensors = [k for k, v in model_kwargs.items() if isinstance(v, Tensor) and k not in _PREPARED]
     if tensors:
-        raise ValueError(f"Dovetail decodes text prompts only, got {', '.join(tensors)}; leave out assistant_model for these inputs")
+        raise ValueError(
+            f"Dovetail decodes text prompts only, got {', '.join(tensors)}; leave out assistant_model for these inputs"
+        )
 
 
 def _changes_rope(target: PreTrainedModel, length: int, max_length: int) -> bool:

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from .attention import BranchingMask, why_not_branching
 from .cache import GrowingCache, can_branch, num_cache_layers
 from .config import TreeShape
+from .probe import branches_rightly
 from .tree import DraftTree
 
 
@@ -43,8 +44,8 @@ class Context:
     Args:
         cache: the `Cache` that `generate` prepared or the user gave.
         attention_mask: (1, n) 2D mask of the prompt (padding on the left), or None when nothing is masked.
-        position_ids: (..., n) of the prompt, or None to count the positions that are not padding.
-        prompt_length: n.
+        position_ids: (..., n) of the prompt, or None for a model that takes none.
+        prompt_length: tokens given, with or without those that the cache holds already; a hint for the cache.
         max_length: longest sequence that will be asked for, as a hint for the cache.
         options: further keyword arguments that every forward pass gets, such as `output_router_logits`.
     """
@@ -60,14 +61,6 @@ class Context:
     def padding(self) -> int:
         """Masked positions at the start of the prompt."""
         return 0 if self.attention_mask is None else int(self.attention_mask[0].argmax())
-
-    def root_position(self) -> Tensor:
-        """(..., 1) int64: position of the first new token."""
-        if self.position_ids is not None:
-            return self.position_ids[..., -1:] + 1
-        if self.attention_mask is not None:
-            return self.attention_mask.long().sum(dim=-1, keepdim=True)
-        return torch.tensor([[self.prompt_length]])
 
 
 class FeatureTap(AbstractContextManager):
@@ -98,26 +91,33 @@ class FeatureTap(AbstractContextManager):
         return torch.cat(taken, dim=1) if taken else None
 
 
-class Target:
-    """What both kinds of verifier share.
+class Target(AbstractContextManager):
+    """What both kinds of verifier share; entered for the length of an answer.
 
     Args:
         model: the target.
         context: where the sequence stands.
-        tap: collects features; entered by the caller for the length of the answer.
+        tap: collects features; entered by the caller.
         nodes: largest tree to expect, as a hint for the cache.
+
+    Attributes:
+        first: first position that a draft can learn of; those before are padding, or of an earlier call.
+        held: positions that the cache holds: the answer so far, without its last token.
     """
 
     cache: Cache
 
     def __init__(self, model: PreTrainedModel, context: Context, tap: FeatureTap, nodes: int) -> None:
         self.model, self._context, self._tap = model, context, tap
-        self._root = context.root_position().to(model.device)  # position of the first new token
-        self._committed = 0  # new tokens that the cache holds
-        past = context.cache.get_seq_length()
-        self.first = max(past, context.padding)  # first position that a draft can learn of
-        self._skipped = self.first - past
+        self._past = self.held = context.cache.get_seq_length()
+        self.first = max(self._past, context.padding)
+        self._root: Tensor | None = None  # position of the first new token
+        if context.position_ids is not None:
+            self._root = (context.position_ids[..., -1:] + 1).to(model.device)
         self._adopt(nodes)
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing to undo."""
 
     def prefill(self, forward: Callable[[Cache], Any]) -> TargetOutput:
         """Run the prompt; `forward` calls the model with the cache that it is given.
@@ -125,15 +125,22 @@ class Target:
         The features are those of the positions from `first` on.
         """
         logits, features = forward(self.cache).logits, self._tap.collect()
-        return TargetOutput(logits[:, -1:], None if features is None else features[:, self._skipped :])
+        self.held = self._prompt_end = self.cache.get_seq_length()
+        if features is not None:
+            features = features[:, self.first - self._past :]
+        return TargetOutput(logits[:, -1:], features)
 
     def allowed(self, shape: TreeShape) -> TreeShape:
         """The part of `shape` that this target can verify at the current position."""
-        room = _position_limit(self.model, int(self._root.max()) + self._committed)
+        if self._root is None:
+            return shape
+        room = _position_limit(self.model, int(self._root.max()) + self._new)
         return shape if room is None else shape.clipped(room)
 
-    def _positions(self, depths: Tensor) -> Tensor:
-        return self._root + self._committed + depths.to(self._root.device)
+    @property
+    def _new(self) -> int:
+        """New tokens that the cache holds."""
+        return self.held - self._prompt_end
 
     def _adopt(self, nodes: int) -> None:
         raise NotImplementedError
@@ -151,10 +158,15 @@ class Target:
         raise NotImplementedError
 
     def _forward(self, tree: DraftTree, attention_mask: Any) -> TargetOutput:
-        device = self.model.device
+        positions = {}
+        if self._root is not None:
+            positions["position_ids"] = self._root + self._new + tree.depths.to(self._root.device)
         logits = self.model(
-            input_ids=tree.tokens.to(device), position_ids=self._positions(tree.depths),
-            attention_mask=attention_mask, past_key_values=self.cache, use_cache=True,
+            input_ids=tree.tokens.to(self.model.device),
+            **positions,
+            attention_mask=attention_mask,
+            past_key_values=self.cache,
+            use_cache=True,
             **self._context.options,
         ).logits
         return TargetOutput(logits, self._tap.collect())
@@ -164,7 +176,7 @@ class Target:
         mask = self._context.attention_mask
         if mask is None:
             return None
-        return torch.cat((mask, mask.new_ones(1, self._committed + rows)), dim=1)
+        return torch.cat((mask, mask.new_ones(1, self._new + rows)), dim=1)
 
 
 class TreeTarget(Target):
@@ -179,7 +191,7 @@ class TreeTarget(Target):
         """One forward pass over the root and all nodes of the tree."""
         if tree.num_nodes == 0:  # plain decoding: the model makes its own mask, as it would there
             return self._forward(tree, self._causal_mask(1))
-        held, rows = self.cache.length, tree.tokens.shape[1]
+        held, rows = self.held, tree.tokens.shape[1]
         prefix = torch.ones(1, rows, held, dtype=torch.bool)
         if self._context.attention_mask is not None:
             prompt = self._context.attention_mask.bool().cpu()
@@ -192,25 +204,27 @@ class TreeTarget(Target):
 
     def commit(self, path: tuple[int, ...]) -> None:
         """Keep a path of the verified tree, root first, and forget its other nodes."""
-        self.cache.keep(self._held(), path)
-        self._committed += len(path)
+        self.cache.keep(self.held, path)
+        self.held += len(path)
 
     def finish(self) -> Cache:
         """The cache in the form in which plain `generate` returns it."""
         self.cache.export(self._context.cache)
         return self._context.cache
 
-    def _held(self) -> int:
-        return self._context.prompt_length + self._committed
-
 
 class ChainTarget(Target):
     """Verifies chains on the model's own cache, which is cropped after each round."""
 
     def _adopt(self, nodes: int) -> None:
-        self.cache = self._context.cache
+        self.cache, self._rows = self._context.cache, 0
+        self._recorders = [layer for layer in self.cache.layers if getattr(layer, "record_past", None) is False]
         self.cache.activate_past_recording()
-        self._rows = 0
+
+    def __exit__(self, *error: object) -> None:
+        """Stop recording the past where it was not recorded before."""
+        for layer in self._recorders:
+            layer.record_past = False
 
     def allowed(self, shape: TreeShape) -> TreeShape:
         """The chain within `shape`."""
@@ -224,13 +238,10 @@ class ChainTarget(Target):
     def commit(self, path: tuple[int, ...]) -> None:
         """Keep the first `len(path)` rows of the verified chain."""
         self.cache.crop(len(path) - self._rows)
-        self._committed += len(path)
+        self.held += len(path)
 
     def finish(self) -> Cache:
         """The cache in the form in which plain `generate` returns it."""
-        for layer in self.cache.layers:
-            if hasattr(layer, "record_past"):
-                layer.record_past = False
         return self.cache
 
 
@@ -241,7 +252,8 @@ def open_target(model: PreTrainedModel, context: Context, tap: FeatureTap, nodes
         ValueError: if the model's cache can neither branch nor be cropped.
     """
     three_dimensional = context.position_ids is not None and context.position_ids.ndim > 2
-    if why_not_branching(model) is None and can_branch(context.cache) and not three_dimensional:
+    takes_masks = why_not_branching(model) is None and not three_dimensional
+    if takes_masks and can_branch(context.cache) and branches_rightly(model):
         return TreeTarget(model, context, tap, nodes)
     if type(context.cache) is not DynamicCache or context.cache.offloading or not context.cache.is_croppable:
         raise ValueError(

@@ -93,7 +93,9 @@ def read_texts(paths: list[Path]) -> list[str]:
             try:
                 texts.append(json.loads(line)["text"])
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f'{path}, line {number}: expected a JSON object with a "text" field ({error!r})') from error
+                raise ValueError(
+                    f'{path}, line {number}: expected a JSON object with a "text" field ({error!r})'
+                ) from error
     if not any(texts):
         raise ValueError(f"no text in {', '.join(map(str, paths))}; give at least one file that is not empty")
     return texts
@@ -123,7 +125,9 @@ def capture(target: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def continue_stream(target: PreTrainedModel, stream: Tensor, count: int, window: int, seed: int, batch: int = 64) -> Tensor:
+def continue_stream(
+    target: PreTrainedModel, stream: Tensor, count: int, window: int, seed: int, batch: int = 64
+) -> Tensor:
     """Windows (count, window) of the target's own greedy text, each begun by a quarter window of `stream`.
 
     A draft is asked about text that its target writes; this is that text.
@@ -133,15 +137,25 @@ def continue_stream(target: PreTrainedModel, stream: Tensor, count: int, window:
     for begin in tqdm(range(0, count, batch), desc="the target writes", unit="batch"):
         starts = torch.randint(len(stream) - prompt, (min(batch, count - begin),), generator=generator)
         prompts = torch.stack([stream[s : s + prompt] for s in starts]).to(target.device)
-        windows.append(target.generate(
-            prompts, attention_mask=torch.ones_like(prompts), min_new_tokens=window - prompt,
-            max_new_tokens=window - prompt, do_sample=False,
-        ).cpu())
+        windows.append(
+            target.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                min_new_tokens=window - prompt,
+                max_new_tokens=window - prompt,
+                do_sample=False,
+            ).cpu()
+        )
     return torch.cat(windows)
 
 
 def draft_loss(
-    draft: DovetailAssistantModel, ids: Tensor, features: Tensor, logits: Tensor, recipe: Recipe, generator: torch.Generator
+    draft: DovetailAssistantModel,
+    ids: Tensor,
+    features: Tensor,
+    logits: Tensor,
+    recipe: Recipe,
+    generator: torch.Generator,
 ) -> Tensor:
     """The loss of one batch, summed over the unrolled steps.
 
@@ -225,12 +239,13 @@ def train_draft(
         RuntimeError: if the loss is not finite; the last checkpoint stays usable.
     """
     if windows.ndim != 2 or windows.shape[1] < recipe.window or len(windows) == 0:
-        raise ValueError(f"the training text is of shape {tuple(windows.shape)}; expected windows of {recipe.window} tokens")
+        raise ValueError(
+            f"the training text is of shape {tuple(windows.shape)}; expected windows of {recipe.window} tokens"
+        )
     accelerator, state = Accelerator(mixed_precision=recipe.precision), _State(recipe.seed)
     target = target.to(accelerator.device).eval().requires_grad_(False)
     draft.draft_device = accelerator.device
-    draft.place()
-    draft.train().share_weights(target)
+    draft.train().meet(target)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=recipe.learning_rate, betas=recipe.betas)
     network, optimizer = accelerator.prepare(draft, optimizer)
     accelerator.register_for_checkpointing(state)
@@ -238,7 +253,13 @@ def train_draft(
     if checkpoint.exists():
         accelerator.load_state(str(checkpoint))
         logger.info("resuming after step %d", state.step)
-    bar = tqdm(total=recipe.steps, initial=state.step, desc="training the draft", unit="step", disable=not accelerator.is_main_process)
+    bar = tqdm(
+        total=recipe.steps,
+        initial=state.step,
+        desc="training the draft",
+        unit="step",
+        disable=not accelerator.is_main_process,
+    )
     for ids in _batches(windows, recipe, state):
         ids = ids.to(accelerator.device)
         for group in optimizer.param_groups:
@@ -247,7 +268,10 @@ def train_draft(
             features, logits = capture(target, ids)
             loss = draft_loss(network, ids, features, logits, recipe, state.generator)
         if not math.isfinite(loss.item()):
-            raise RuntimeError(f"the loss is {loss.item()} at step {state.step}; lower learning_rate ({recipe.learning_rate}) and run again")
+            raise RuntimeError(
+                f"the loss is {loss.item()} at step {state.step}; lower learning_rate (now {recipe.learning_rate}) "
+                "and run again"
+            )
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(draft.parameters(), recipe.clip)
         optimizer.step()

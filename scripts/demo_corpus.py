@@ -15,7 +15,16 @@ from pathlib import Path
 
 SEPARATOR = "<|endoftext|>"
 HELD_OUT_SHARE = 25  # one file in this many
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "encodings", "pydoc_data", "__pycache__", "benchmarks"}
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "encodings",
+    "pydoc_data",
+    "__pycache__",
+    "benchmarks",
+}
 MAX_FILE_BYTES, MAX_LINE_CHARS = 120_000, 400
 
 

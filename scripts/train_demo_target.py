@@ -41,8 +41,12 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=SEPARATOR, eos_token=SEPARATOR, pad_token=SEPARATOR,
-        model_max_length=CONTEXT, clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer,
+        bos_token=SEPARATOR,
+        eos_token=SEPARATOR,
+        pad_token=SEPARATOR,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -57,9 +61,19 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor
 
 def new_model() -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=192, intermediate_size=512, num_hidden_layers=8,
-        num_attention_heads=6, num_key_value_heads=2, head_dim=32, max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0, attention_bias=False,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        attention_bias=False,
     )
     return LlamaForCausalLM(config)
 
@@ -100,8 +114,12 @@ def validation_loss(model: LlamaForCausalLM, stream: torch.Tensor) -> float:
 
 
 def save_checkpoint(path: Path, model: LlamaForCausalLM, optims: list, generator: torch.Generator, step: int) -> None:
-    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optims],
-             "generator": generator.get_state(), "step": step}
+    state = {
+        "model": model.state_dict(),
+        "optimizers": [o.state_dict() for o in optims],
+        "generator": generator.get_state(),
+        "step": step,
+    }
     torch.save(state, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
 
@@ -145,7 +163,9 @@ def train(out: Path, steps: int) -> None:
             optim.step()
             optim.zero_grad()
         if (step + 1) % 10 == 0:
-            print(f"step {step + 1}/{steps} loss {loss.item():.3f} {time.perf_counter() - begin:.2f} s/step", flush=True)
+            print(
+                f"step {step + 1}/{steps} loss {loss.item():.3f} {time.perf_counter() - begin:.2f} s/step", flush=True
+            )
         if (step + 1) % SAVE_EVERY_STEPS == 0:
             save_checkpoint(checkpoint, model, optims, generator, step + 1)
             print(f"validation loss {validation_loss(model, validation):.3f}", flush=True)
@@ -155,8 +175,12 @@ def train(out: Path, steps: int) -> None:
 def finish(out: Path, model: LlamaForCausalLM, corpus_tokens: int, loss: float, steps: int) -> None:
     """Write the bfloat16 model and the facts of its training."""
     facts = {
-        "steps": steps, "trained_tokens": steps * TOKENS_PER_STEP, "corpus_tokens": corpus_tokens,
-        "validation_loss_nats": round(loss, 4), "torch": torch.__version__, "python": platform.python_version(),
+        "steps": steps,
+        "trained_tokens": steps * TOKENS_PER_STEP,
+        "corpus_tokens": corpus_tokens,
+        "validation_loss_nats": round(loss, 4),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
     }
     model.to(torch.bfloat16).save_pretrained(out)
     (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
 
@@ -90,17 +90,33 @@ def perturbed(model: PreTrainedModel, noise: float, seed: int = 1) -> PreTrained
     return other
 
 
-def draft_for(target: PreTrainedModel, kind: str, twin: PreTrainedModel | None = None) -> DovetailAssistantModel:
-    """A draft of one of the `DRAFTS` kinds; `twin` drafts in place of a target that cannot draft trees itself."""
+def draft_for(target: PreTrainedModel, kind: str) -> DovetailAssistantModel:
+    """A draft of one of the `DRAFTS` kinds: the target itself, the target with noise, a new DGF draft."""
     if kind == "untrained":
         torch.manual_seed(2)
-        draft = DovetailAssistantModel.from_target(target)
-    else:
-        source = twin if twin is not None else target
-        draft = DovetailAssistantModel.from_causal_lm(source if kind == "accepting" else perturbed(source, 0.06))
+        return _placed(DovetailAssistantModel.from_target(target))
+    return _placed(DovetailAssistantModel.from_causal_lm(target if kind == "accepting" else perturbed(target, 0.15)))
+
+
+def _placed(draft: DovetailAssistantModel) -> DovetailAssistantModel:
     draft.draft_device = "cpu"
     draft.tree = TreeShape(nodes=12, depth=4, top_k=4)
     return draft
+
+
+@torch.no_grad()
+def bigram_draft(sequence: Tensor) -> DovetailAssistantModel:
+    """A Llama whose weights are set to the token pairs of `sequence`: it drafts for targets that have no twin."""
+    width = 104
+    lm = build("llama", hidden_size=width, num_hidden_layers=1)
+    lm.model.layers[0].self_attn.o_proj.weight.zero_()
+    lm.model.layers[0].mlp.down_proj.weight.zero_()
+    lm.model.embed_tokens.weight.copy_(torch.eye(VOCAB, width))
+    lm.lm_head.weight.zero_()
+    tokens = sequence[0].tolist()
+    for last, following in zip(tokens[:-1], tokens[1:], strict=True):
+        lm.lm_head.weight[following, last] += 1.0
+    return _placed(DovetailAssistantModel.from_causal_lm(lm))
 
 
 def prompt(length: int = 12, seed: int = 3) -> Tensor:
@@ -151,9 +167,11 @@ def assert_same_cache(plain: Any, ours: Any) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
 
 
-def without_state(config: GenerationConfig | Any) -> dict[str, Any]:
-    """A configuration's own values, for comparing before and after."""
-    return copy.deepcopy(config.to_dict())
+def call_log(log: list[Any]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A logits processor that writes down the prefix of each call and changes the scores by how often it ran."""
 
+    def process(prefix: Tensor, scores: Tensor) -> Tensor:
+        log.append(prefix[0].tolist())
+        return scores.roll(len(log) % 3, dims=-1)
 
-Maker = Callable[[str], PreTrainedModel]
+    return process

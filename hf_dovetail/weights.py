@@ -1,0 +1,139 @@
+"""Rules for a draft's weights: which it shares with its target, which targets it fits, what a checkpoint must hold."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from .config import DovetailConfig
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class SharedWeights:
+    """The target's embeddings and LM head, on the draft's device and in its precision.
+
+    Args:
+        embedding: (V, h). head: (V, h), the same tensor where the target ties them. bias: (V,) or None.
+        sources: the target's own tensors (weakly) and their versions, to notice another or a changed target.
+    """
+
+    embedding: Tensor
+    head: Tensor
+    bias: Tensor | None
+    sources: tuple[tuple[weakref.ref, int], ...]
+
+    @classmethod
+    @torch.inference_mode(False)
+    def of(cls, target: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> SharedWeights:
+        """Share where device and precision agree, copy where they do not."""
+        sources = _shared_tensors(target)
+        copies = {id(t): t.detach().to(device=device, dtype=dtype) for t in sources}
+        embedding, head, *bias = (copies[id(t)] for t in sources)
+        return cls(embedding, head, bias[0] if bias else None, tuple((weakref.ref(t), _version(t)) for t in sources))
+
+    def still_of(self, target: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether these are still the weights of `target`, on this device and in this precision."""
+        tensors = _shared_tensors(target)
+        return (
+            (self.head.device, self.head.dtype) == (device, dtype)
+            and len(tensors) == len(self.sources)
+            and all(ref() is t and v == _version(t) for t, (ref, v) in zip(tensors, self.sources, strict=True))
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts the changes of a tensor in place; inference tensors are not counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _shared_tensors(target: PreTrainedModel) -> list[Tensor]:
+    """The target's embedding matrix, LM head matrix and LM head bias, if it has one."""
+    head = target.get_output_embeddings()
+    if head is None or getattr(head, "weight", None) is None:
+        raise ValueError(f"{type(target).__name__} has no LM head with a weight matrix, which the draft would share")
+    tensors = [target.get_input_embeddings().weight, head.weight]
+    bias = getattr(head, "bias", None)
+    return tensors if bias is None else [*tensors, bias]
+
+
+def check_fits(config: DovetailConfig, target: PreTrainedModel) -> None:
+    """Refuse a target that the draft was not made for.
+
+    Raises:
+        ValueError: naming what differs, with both values.
+    """
+    if target.config.is_encoder_decoder:
+        raise ValueError(f"{type(target).__name__} is an encoder-decoder; Dovetail drafts for decoder-only targets")
+    text = target.config.get_text_config(decoder=True)
+    pairs = [("vocab_size", config.vocab_size, text.vocab_size)]
+    if config.fusion != "none":
+        pairs.append(("hidden_size", config.hidden_size, text.hidden_size))
+        pairs.append(("model type", config.target_type or text.model_type, text.model_type))
+    for name, made_for, found in pairs:
+        if made_for != found:
+            raise ValueError(
+                f"this draft does not fit the target: the draft was made for {name} {made_for}, the target "
+                f"{type(target).__name__} has {found}; use the draft of this target, or train one with "
+                "DovetailAssistantModel.from_target"
+            )
+
+
+def check_finite(draft: nn.Module) -> None:
+    """Refuse a draft with a weight that is NaN or infinite, such as one that was never loaded.
+
+    Raises:
+        ValueError: naming the first such weight.
+    """
+    for name, parameter in draft.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(
+                f"weight {name} of the draft is not finite: it was never loaded, or its checkpoint is damaged; "
+                "use from_pretrained, or from_target and train it"
+            )
+
+
+def check_loaded(info: dict[str, Any], source: str) -> None:
+    """Refuse a checkpoint whose weights are not exactly the network's.
+
+    Raises:
+        ValueError: naming the weights.
+    """
+    misshapen = [
+        f"{key} has shape {tuple(found)}, expected {tuple(expected)}"
+        for key, found, expected in info["mismatched_keys"]
+    ]
+    problems = [
+        f"{word}: {', '.join(sorted(keys))}"
+        for word, keys in (
+            ("missing", info["missing_keys"]),
+            ("not part of the network", info["unexpected_keys"]),
+            ("misshapen", misshapen),
+        )
+        if keys
+    ]
+    if problems:
+        raise ValueError(f"the weights in {source} are not those of this draft; " + "; ".join(problems))
+
+
+def save_tokenizer(sources: list[str | None], directory: str | os.PathLike) -> None:
+    """Save the tokenizer of the first source that has one on this machine beside a draft."""
+    if os.path.exists(os.path.join(directory, "tokenizer_config.json")):
+        return
+    for source in filter(None, sources):
+        try:
+            AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(directory)
+            return
+        except (OSError, ValueError):
+            continue
+    logger.warning(
+        "no tokenizer found for this draft; save the target's into %s to use it in a pipeline by path", directory
+    )

@@ -1,0 +1,158 @@
+"""The drafting session against brute force that computes every path from scratch, without any cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_modeling import randomised
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_dovetail import DovetailAssistantModel, TreeShape
+from hf_dovetail.draft import DraftSession
+from hf_dovetail.tree import DraftTree
+
+Continuations = Callable[[tuple[int, ...]], Tensor]
+"""The draft's log-probabilities (V,) of what follows a path below the root."""
+
+
+def made(kind: str, family: str, blocks: int = 1) -> tuple[PreTrainedModel, DovetailAssistantModel]:
+    """A target and a draft whose every weight is random."""
+    target = tiny.build(family)
+    if kind == "lm":
+        draft = tiny.draft_for(target, "noisy")
+    else:
+        draft = randomised(DovetailAssistantModel.from_target(target, num_hidden_layers=blocks))
+    draft.share_weights(target)
+    return target, draft
+
+
+@torch.no_grad()
+def features_of(target: PreTrainedModel, ids: Tensor) -> Tensor:
+    return target(ids, output_hidden_states=True).hidden_states[-1]
+
+
+def from_scratch(draft: DovetailAssistantModel, known: Tensor, features: Tensor) -> Continuations:
+    """`known` (1, n) ends with the root; `features` (1, n - 1, h) are the target's, of the tokens before it."""
+
+    @torch.no_grad()
+    def continuations(path: tuple[int, ...]) -> Tensor:
+        tokens = torch.cat((known, torch.tensor([path], dtype=torch.long)), dim=1)
+        if not draft.reads_features:
+            return draft.lm(tokens).logits[0, -1].log_softmax(-1)
+        own = features
+        for length in range(known.shape[1], tokens.shape[1] + 1):  # one more row of the draft's own in each turn
+            hidden = draft(tokens[:, 1:length], own)
+            own = torch.cat((features, hidden[:, features.shape[1] - 1 :]), dim=1)
+        return draft.logits(hidden)[0, -1].log_softmax(-1)
+
+    return continuations
+
+
+def eagle_2(continuations: Continuations, shape: TreeShape) -> dict[tuple[int, ...], float]:
+    """EAGLE-2's expansion and re-ranking, written with paths and dictionaries: path -> log-probability."""
+
+    def children(path: tuple[int, ...], score: float) -> dict[tuple[int, ...], float]:
+        best = continuations(path).topk(min(shape.top_k, tiny.VOCAB))
+        return {(*path, int(t)): score + float(v) for v, t in zip(best.values, best.indices, strict=True)}
+
+    found = frontier = children((), 0.0)
+    for _ in range(shape.depth):
+        level: dict[tuple[int, ...], float] = {}
+        for path, score in frontier.items():
+            level |= children(path, score)
+        found = found | level
+        frontier = dict(sorted(level.items(), key=lambda item: -item[1])[: shape.top_k])
+    return dict(sorted(found.items(), key=lambda item: -item[1])[: shape.nodes])
+
+
+def paths(tree: DraftTree) -> dict[tuple[int, ...], float]:
+    """Path of tokens below the root -> log-probability, of every node."""
+    return {
+        tuple(tree.tokens[0, tree.path(node)[1:]].tolist()): float(tree.log_probs[0, node])
+        for node in range(1, tree.num_nodes + 1)
+    }
+
+
+@pytest.mark.parametrize("shape", [TreeShape(12, 3, 3), TreeShape(6, 5, 2), TreeShape(4, 6, 1), TreeShape(9, 0, 9), TreeShape(1, 4, 3)])
+@pytest.mark.parametrize(("kind", "family"), [("dgf", "llama"), ("lm", "llama"), ("lm", "mistral"), ("lm", "gemma2"), ("lm", "gpt2")])
+def test_a_grown_tree_is_eagle_2s(kind: str, family: str, shape: TreeShape) -> None:
+    """Guards the vectorised expansion: masks, positions, features and parents of every level; in two rounds."""
+    target, draft = made(kind, family, blocks=2)
+    ids = tiny.prompt(15)
+    features = features_of(target, ids)
+    session = DraftSession(draft)
+    session.begin(ids[:, :1], 0)
+    deepest = 0
+    for held, known in ((1, 11), (11, 15)):
+        session.commit(ids[:, held:known], features[:, held - 1 : known - 1] if kind == "dgf" else None)
+        tree = DraftTree.unpack(ids[:, known - 1 : known], session.grow(shape))
+        expected = eagle_2(from_scratch(draft, ids[:, :known], features[:, : known - 1]), shape)
+        found = paths(tree)
+        assert set(found) == set(expected)
+        assert [found[path] for path in expected] == pytest.approx(list(expected.values()), abs=1e-4)
+        assert session.length == known - (kind == "dgf")
+        deepest = max(deepest, int(tree.depths.max()))
+    assert deepest == 1 or shape.nodes > 1
+    assert deepest > 1 or min(shape.depth, shape.nodes - 1) == 0 or shape.top_k > 2
+
+
+@pytest.mark.parametrize(("kind", "family", "blocks"), [("dgf", "llama", 1), ("dgf", "qwen3", 3), ("lm", "phi3", 1), ("lm", "gemma3", 1)])
+def test_incremental_rows_are_those_of_one_full_pass(kind: str, family: str, blocks: int) -> None:
+    """Guards the draft's cache: rows committed in turns, with trees grown and forgotten in between."""
+    target, draft = made(kind, family, blocks)
+    ids = tiny.prompt(30)
+    features = features_of(target, ids)
+    session = DraftSession(draft, capacity=3)
+    session.begin(ids[:, :1], 0)
+    known = 1
+    for count in (9, 1, 1, 4, 2, 7, 3):
+        session.commit(ids[:, known : known + count], features[:, known - 1 : known + count - 1] if kind == "dgf" else None)
+        known += count
+        tree = DraftTree.unpack(ids[:, known - 1 : known], session.grow(TreeShape(tiny.VOCAB, 0, tiny.VOCAB)))
+        expected = from_scratch(draft, ids[:, :known], features[:, : known - 1])(())
+        found = torch.empty(tiny.VOCAB)
+        found[tree.tokens[0, 1:]] = tree.log_probs[0, 1:]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        session.grow_nothing = None  # a session takes attributes; the next grow needs a commit
+    assert known == 28
+    session._cache.check_integrity(27 if kind == "dgf" else 28)
+
+
+@torch.no_grad()
+def test_a_session_that_starts_in_the_middle_counts_positions_from_there() -> None:
+    """Guards continued conversations: the first row of the draft stands at the first new position."""
+    target, draft = made("dgf", "llama")
+    ids = tiny.prompt(20)
+    features = features_of(target, ids)
+    session = DraftSession(draft)
+    session.begin(ids[:, 12:13], 12)
+    session.commit(ids[:, 13:], features[:, 12:19])
+    tree = DraftTree.unpack(ids[:, -1:], session.grow(TreeShape(6, 0, 6)))
+    hidden = draft(ids[:, 13:], features[:, 12:19], position_ids=torch.arange(12, 19).unsqueeze(0))
+    expected = draft.logits(hidden)[0, -1].log_softmax(-1).topk(6)
+    assert sorted(tree.tokens[0, 1:].tolist()) == sorted(expected.indices.tolist())
+    assert session.length == 19
+
+
+def test_growing_happens_on_the_device_in_one_packed_tensor(monkeypatch: Any) -> None:
+    """Guards the one copy per round: no tensor is read by the host while a tree grows."""
+    target, draft = made("dgf", "llama")
+    ids = tiny.prompt(9)
+    session = DraftSession(draft)
+    session.begin(ids[:, :1], 0)
+    session.commit(ids[:, 1:], features_of(target, ids)[:, :8])
+
+    def forbidden(*args: object) -> None:
+        raise AssertionError("the host read a tensor")
+
+    for name in ("item", "tolist", "__int__", "__float__", "__bool__", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, forbidden)
+    packed = session.grow(TreeShape(10, 3, 4))
+    monkeypatch.undo()
+    assert packed.shape == (1, 3, 10)
+    assert packed.dtype == torch.int32

@@ -1,0 +1,69 @@
+"""The examples and the command line, run as a user would run them: in their own process, offline."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=OFFLINE, check=False)
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_example_script_runs(script: str) -> None:
+    done = run(str(EXAMPLES / script))
+    assert done.returncode == 0, done.stderr
+    assert "tokens per round" in done.stdout
+    assert float(done.stdout.rsplit(" tokens per round", 1)[0].rsplit(maxsplit=1)[-1]) > 1.5, "nothing was accepted"
+
+
+def test_notebook_runs() -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(EXAMPLES / "notebook.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": EXAMPLES}}).execute()
+    printed = "".join(
+        output.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    )
+    assert "tokens_per_round" in printed
+    assert "`- " in printed, "no tree was drawn"
+
+
+def test_demo_reports_an_identical_answer() -> None:
+    done = run("-m", "hf_dovetail.cli", "demo", "--max-new-tokens", "48", "--repeats", "1")
+    assert done.returncode == 0, done.stderr
+    assert "identical output: yes, token for token (48 tokens)" in done.stdout
+    for word in ("plain", "dovetail", "tokens per round", "draft", "verify", "on cpu", " *"):
+        assert word in done.stdout
+
+
+def test_generate_streams_text(tmp_path: Path) -> None:
+    from hf_dovetail.demo import pair_path
+
+    paths = ("--target", str(pair_path("target")), "--draft", str(pair_path("draft")))
+    done = run("-m", "hf_dovetail.cli", "generate", *paths, "--max-new-tokens", "16", "def add(a, b):\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("def add(a, b):")
+    assert "16 tokens" in done.stderr
+
+
+def test_bad_use_ends_with_one_clear_line(tmp_path: Path) -> None:
+    broken = tmp_path / "data.jsonl"
+    broken.write_text(json.dumps({"text": "x = 1"}) + "\n{broken\n")
+    from hf_dovetail.demo import pair_path
+
+    cases = [
+        (("demo", "--repeats", "0"), "--repeats is 0"),
+        (("train", "--target", str(pair_path("target")), "--data", str(broken), "--out", str(tmp_path)), "line 2"),
+    ]
+    for arguments, message in cases:
+        done = run("-m", "hf_dovetail.cli", *arguments)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr

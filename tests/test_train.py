@@ -1,0 +1,159 @@
+"""Training on a real small target: it learns, resumes exactly, and computes what drafting computes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_dovetail import DovetailAssistantModel, TreeShape
+from hf_dovetail.demo import pair_path
+from hf_dovetail.draft import DraftSession
+from hf_dovetail.train import Recipe, capture, continue_stream, draft_loss, read_texts, token_stream, train_draft
+
+RECIPE = Recipe(steps=30, batch=8, window=64, learning_rate=3e-3, warmup=5, distribution_weight=1.0, save_every=10)
+
+
+@pytest.fixture(scope="module")
+def target():
+    return AutoModelForCausalLM.from_pretrained(pair_path("target"), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(pair_path("target"))
+
+
+@pytest.fixture(scope="module")
+def windows(tokenizer):
+    """Real Python: this repository's own source."""
+    source = sorted((Path(__file__).parent.parent / "hf_dovetail").glob("*.py"))
+    stream = token_stream(tokenizer, [path.read_text() for path in source])
+    return stream[: len(stream) // 64 * 64].view(-1, 64)
+
+
+def new_draft(target, seed: int = 0) -> DovetailAssistantModel:
+    torch.manual_seed(seed)
+    return DovetailAssistantModel.from_target(target)
+
+
+def loss_of(draft, target, windows, recipe=RECIPE) -> float:
+    draft.meet(target)
+    features, logits = capture(target, windows[:8])
+    with torch.no_grad():
+        return float(draft_loss(draft, windows[:8], features, logits, recipe, torch.Generator().manual_seed(0)))
+
+
+def test_training_learns_and_the_draft_is_accepted(target, tokenizer, windows, tmp_path: Path) -> None:
+    draft = new_draft(target)
+    before = loss_of(draft, target, windows)
+    train_draft(draft, target, windows, RECIPE, tmp_path, tokenizer)
+    assert loss_of(draft, target, windows) < 0.8 * before
+    loaded = DovetailAssistantModel.from_pretrained(tmp_path)
+    assert loss_of(loaded, target, windows) == pytest.approx(loss_of(draft, target, windows))
+    assert AutoTokenizer.from_pretrained(tmp_path).vocab_size == tokenizer.vocab_size
+    inputs = tokenizer("import os\n\ndef main():\n", return_tensors="pt")
+    accepted = {}
+    for name, candidate in (("trained", loaded), ("random", new_draft(target, seed=1))):
+        target.generate(**inputs, assistant_model=candidate, max_new_tokens=48, do_sample=False)
+        accepted[name] = candidate.last_stats.accepted
+    assert accepted["trained"] > accepted["random"]
+
+
+def test_a_run_that_was_interrupted_ends_as_if_it_was_not(target, windows, tmp_path: Path) -> None:
+    """Order of the data, noise, optimizer and rate all continue; a restart would end elsewhere."""
+    whole = train_draft(new_draft(target), target, windows, RECIPE, tmp_path / "whole")
+    stops = windows.clone()
+    with pytest.raises(KeyboardInterrupt):
+        train_draft(new_draft(target), _StopsAfter(target, 15), stops, RECIPE, tmp_path / "cut")
+    resumed = train_draft(new_draft(target), target, stops, RECIPE, tmp_path / "cut")
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+    restarted = train_draft(new_draft(target), target, stops, replace(RECIPE, steps=20), tmp_path / "restarted")
+    assert not torch.equal(whole.fusion.W_1, restarted.fusion.W_1)
+
+
+class _StopsAfter(torch.nn.Module):
+    """The target, until its `count`-th forward pass raises as Ctrl-C does."""
+
+    def __init__(self, target, count: int) -> None:
+        super().__init__()
+        self.inner, self.left, self.config, self.dtype = target, count, target.config, target.dtype
+        for name in ("get_decoder", "get_input_embeddings", "get_output_embeddings"):
+            setattr(self, name, getattr(target, name))
+
+    def forward(self, **inputs):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return self.inner(**inputs)
+
+
+def test_unrolled_steps_compute_what_a_tree_computes(target, windows) -> None:
+    """Step j at row t must be the hidden state of a node at depth j-1; an off-by-one in rows or masks shows here."""
+    draft = new_draft(target)
+    draft.meet(target)
+    ids = windows[3:4, :24]
+    features, _ = capture(target, ids)
+    row = 20  # tokens up to `row` are certain, and the text goes on with ids[row + 1] ...
+    seen: list[torch.Tensor] = []
+    forward = DovetailAssistantModel.forward
+
+    def spy(self, *args, **kwargs):
+        seen.append(forward(self, *args, **kwargs))
+        return seen[-1]
+
+    recipe = replace(RECIPE, unroll=3, noise=0.0)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DovetailAssistantModel, "forward", spy)
+        logits = target(ids).logits
+        draft_loss(draft, ids, features, logits, recipe, torch.Generator())
+        unrolled = [step[0, row + depth] for depth, step in enumerate(seen)]
+        seen.clear()
+        session = DraftSession(draft)
+        session.begin(ids[:, :1], 0)
+        session.commit(ids[:, 1 : row + 2], features[:, : row + 1])
+        hidden = session._catch_up()
+        torch.testing.assert_close(hidden[0, 0], unrolled[0], rtol=1e-4, atol=1e-5)
+        for depth in (1, 2):
+            slots = torch.tensor([[row + depth]])
+            mask = session._level_mask(torch.ones(1, 1, depth, dtype=torch.bool), slots, row + 1)
+            hidden = session._step(ids[:, row + depth + 1 : row + depth + 2], hidden, slots, mask)
+            torch.testing.assert_close(hidden[0, 0], unrolled[depth], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(unrolled[1], unrolled[2])
+
+
+def test_the_target_writes_greedy_text(target, windows) -> None:
+    written = continue_stream(target, windows.flatten(), count=3, window=32, seed=0, batch=2)
+    assert written.shape == (3, 32)
+    alone = target.generate(written[1:2, :8], max_new_tokens=24, min_new_tokens=24, do_sample=False)
+    assert torch.equal(alone[0], written[1])
+
+
+def test_bad_training_input(target, windows, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"shape \(32, 8\).*windows of 64"):
+        train_draft(new_draft(target), target, torch.zeros(32, 8).long(), RECIPE, tmp_path)
+    with pytest.raises(ValueError, match=r"Recipe.unroll is 0"):
+        Recipe(unroll=0)
+    broken = new_draft(target)
+    broken.meet(target)
+    torch.nn.init.constant_(broken.fusion.W_1, float("nan"))
+    with pytest.raises(RuntimeError, match=r"loss is nan at step 0"):
+        train_draft(broken, target, windows, RECIPE, tmp_path)
+    empty, malformed = tmp_path / "empty.txt", tmp_path / "lines.jsonl"
+    empty.write_text("")
+    malformed.write_text(json.dumps({"text": "a"}) + "\n" + json.dumps({"body": "b"}) + "\n")
+    with pytest.raises(ValueError, match=r"no text in"):
+        read_texts([empty])
+    with pytest.raises(ValueError, match=r"lines.jsonl, line 2"):
+        read_texts([malformed])
+
+
+def test_a_tree_of_a_new_draft_is_valid(target) -> None:
+    draft = new_draft(target)
+    draft.tree = TreeShape(nodes=40, depth=5, top_k=4)
+    ids = torch.arange(10).unsqueeze(0)
+    target.generate(ids, assistant_model=draft, max_new_tokens=8, do_sample=False)
+    assert draft.last_stats.drafted > 0
