@@ -220,7 +220,7 @@ def dovetail_decoding(
     assistant_model.last_stats = stats
     tap = FeatureTap(target, drafter.reads_features and shape.nodes > 0)
     verifier = open_target(target, context, tap, shape.nodes)
-    with tap, verifier:
+    with verifier:
         decode(verifier, drafter, input_ids, prefill, selector, selector.remaining, shape, stats, assistant_model.watch)
     if streamer is not None:
         streamer.end()

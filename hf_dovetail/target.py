@@ -63,32 +63,31 @@ class Context:
         return 0 if self.attention_mask is None else int(self.attention_mask[0].argmax())
 
 
-class FeatureTap(AbstractContextManager):
-    """Collects the decoder's last hidden states, the LM head's inputs, while it is entered; leaves no trace."""
+class FeatureTap:
+    """Runs forward passes and takes the decoder's last hidden states, the LM head's inputs, on the way.
+
+    The hook is there during a pass only: a logits processor may run the model too (classifier-free guidance).
+    """
 
     def __init__(self, model: PreTrainedModel, enabled: bool) -> None:
         self._decoder, self._enabled = model.get_decoder(), enabled
-        self._taken: list[Tensor] = []
-        self._handle: Any = None
         if enabled and self._decoder is model:
             raise ValueError(f"{type(model).__name__} does not say which part is its decoder (get_decoder)")
 
-    def __enter__(self) -> FeatureTap:
-        if self._enabled:
-            self._handle = self._decoder.register_forward_hook(self._take)
-        return self
+    def __call__(self, forward: Callable[[], Any]) -> tuple[Any, Tensor | None]:
+        """The pass's output, and (B, T, h) features of all its rows (several decoder passes, if it is chunked)."""
+        if not self._enabled:
+            return forward(), None
+        taken: list[Tensor] = []
 
-    def __exit__(self, *error: object) -> None:
-        if self._handle is not None:
-            self._handle.remove()
+        def take(module: object, inputs: object, output: Any) -> None:
+            taken.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
 
-    def _take(self, module: object, inputs: object, output: Any) -> None:
-        self._taken.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
-
-    def collect(self) -> Tensor | None:
-        """(B, T, h) of everything since the last call (several passes after a chunked prefill)."""
-        taken, self._taken = self._taken, []
-        return torch.cat(taken, dim=1) if taken else None
+        handle = self._decoder.register_forward_hook(take)
+        try:
+            return forward(), torch.cat(taken, dim=1)
+        finally:
+            handle.remove()
 
 
 class Target(AbstractContextManager):
@@ -97,7 +96,7 @@ class Target(AbstractContextManager):
     Args:
         model: the target.
         context: where the sequence stands.
-        tap: collects features; entered by the caller.
+        tap: runs the forward passes and takes the features.
         nodes: largest tree to expect, as a hint for the cache.
 
     Attributes:
@@ -114,6 +113,7 @@ class Target(AbstractContextManager):
         self._root: Tensor | None = None  # position of the first new token
         if context.position_ids is not None:
             self._root = (context.position_ids[..., -1:] + 1).to(model.device)
+            self._first_position = int(self._root.max())
         self._adopt(nodes)
 
     def __exit__(self, *error: object) -> None:
@@ -124,17 +124,17 @@ class Target(AbstractContextManager):
 
         The features are those of the positions from `first` on.
         """
-        logits, features = forward(self.cache).logits, self._tap.collect()
+        output, features = self._tap(lambda: forward(self.cache))
         self.held = self._prompt_end = self.cache.get_seq_length()
         if features is not None:
             features = features[:, self.first - self._past :]
-        return TargetOutput(logits[:, -1:], features)
+        return TargetOutput(output.logits[:, -1:], features)
 
     def allowed(self, shape: TreeShape) -> TreeShape:
         """The part of `shape` that this target can verify at the current position."""
         if self._root is None:
             return shape
-        room = _position_limit(self.model, int(self._root.max()) + self._new)
+        room = _position_limit(self.model, self._first_position + self._new)
         return shape if room is None else shape.clipped(room)
 
     @property
@@ -161,15 +161,11 @@ class Target(AbstractContextManager):
         positions = {}
         if self._root is not None:
             positions["position_ids"] = self._root + self._new + tree.depths.to(self._root.device)
-        logits = self.model(
-            input_ids=tree.tokens.to(self.model.device),
-            **positions,
-            attention_mask=attention_mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            **self._context.options,
-        ).logits
-        return TargetOutput(logits, self._tap.collect())
+        inputs = {"input_ids": tree.tokens.to(self.model.device), **positions, **self._context.options}
+        output, features = self._tap(
+            lambda: self.model(**inputs, attention_mask=attention_mask, past_key_values=self.cache, use_cache=True)
+        )
+        return TargetOutput(output.logits, features)
 
     def _causal_mask(self, rows: int) -> Tensor | None:
         """The prompt's 2D mask, with `rows` more positions than the cache holds."""
@@ -184,6 +180,8 @@ class TreeTarget(Target):
 
     def _adopt(self, nodes: int) -> None:
         self._branching = BranchingMask(self.model)
+        mask = self._context.attention_mask
+        self._prompt_mask = None if mask is None else mask.bool().cpu()  # (1, n)
         capacity = min(self._context.max_length, self._context.prompt_length + 256) + nodes + 1
         self.cache = GrowingCache.adopt(self._context.cache, num_cache_layers(self.model.config), capacity)
 
@@ -193,9 +191,8 @@ class TreeTarget(Target):
             return self._forward(tree, self._causal_mask(1))
         held, rows = self.held, tree.tokens.shape[1]
         prefix = torch.ones(1, rows, held, dtype=torch.bool)
-        if self._context.attention_mask is not None:
-            prompt = self._context.attention_mask.bool().cpu()
-            prefix[:, :, : prompt.shape[1]] = prompt[:, None, :held]
+        if self._prompt_mask is not None:
+            prefix[:, :, : self._prompt_mask.shape[1]] = self._prompt_mask
         slots = held + tree.depths
         keys = torch.cat((torch.arange(held).unsqueeze(0), slots), dim=1)
         allowed = torch.cat((prefix, tree.ancestors), dim=-1)

@@ -33,7 +33,6 @@ def snapshot(model: PreTrainedModel) -> dict[str, Any]:
         "hooks": {(name, kind): dict(getattr(module, kind)) for name, module in model.named_modules() for kind in HOOKS},
         "training": {name: module.training for name, module in model.named_modules()},
         "weights": {name: (p.data_ptr(), p.requires_grad, p._version) for name, p in model.named_parameters()},
-        "methods": (type(model).generate, type(model).forward),
         "threads": torch.get_num_threads(),
         "grad": torch.is_grad_enabled(),
     }

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "hf_dovetail"
 LAYERS = (
     ("config", "tree", "register"),
-    ("accept", "cache", "attention", "engines"),
+    ("accept", "cache", "attention", "engines", "weights", "probe"),
     ("modeling", "draft", "target"),
     ("decode",),
     ("plugin",),
@@ -18,7 +18,7 @@ LAYERS = (
     ("cli", "demo"),
 )
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
-WITHIN_A_LAYER = {("draft", "modeling"), ("cli", "demo")}
+WITHIN_A_LAYER = {("draft", "modeling"), ("cli", "demo"), ("probe", "attention"), ("probe", "cache")}
 LAZY = {"__init__", "register"}  # they name modules of higher layers inside functions or for type checkers only
 
 

@@ -53,8 +53,7 @@ def test_fusion_is_the_formula_of_the_paper() -> None:
 def test_the_blocks_are_llamas_without_the_first_norm_and_the_last() -> None:
     """Guards the architecture: block 0 takes the fusion's output as it is, and no norm stands before the LM head."""
     target = tiny.build("llama")
-    draft = randomised(DovetailAssistantModel.from_target(target, num_hidden_layers=2))
-    draft.share_weights(target)
+    draft = tiny.met(randomised(DovetailAssistantModel.from_target(target, num_hidden_layers=2)), target)
     tokens, features = rows()
     hidden = draft.fusion(target.model.embed_tokens(tokens), features)
     positions = torch.arange(7).unsqueeze(0)
@@ -77,8 +76,7 @@ def test_the_blocks_are_llamas_without_the_first_norm_and_the_last() -> None:
 def test_logits_are_those_of_the_targets_own_head(family: str, tiny_model: Any) -> None:
     """Guards scales and soft caps behind the LM head: the draft reads the same features in the same units."""
     target = tiny_model(family)
-    draft = DovetailAssistantModel.from_target(target)
-    draft.share_weights(target)
+    draft = tiny.met(DovetailAssistantModel.from_target(target), target)
     output = target(tiny.prompt(), output_hidden_states=True)
     torch.testing.assert_close(draft.logits(output.hidden_states[-1]), output.logits, rtol=1e-4, atol=1e-4)
     twin = DovetailAssistantModel.from_causal_lm(target)
@@ -90,8 +88,7 @@ def test_logits_are_those_of_the_targets_own_head(family: str, tiny_model: Any) 
 def test_every_family_gets_a_working_draft(family: str, blocks: int, tiny_model: Any) -> None:
     """Guards `from_target`: heads, widths, RoPE and activation of each configuration."""
     target = tiny_model(family)
-    draft = DovetailAssistantModel.from_target(target, num_hidden_layers=blocks)
-    draft.share_weights(target)
+    draft = tiny.met(DovetailAssistantModel.from_target(target, num_hidden_layers=blocks), target)
     tokens, features = rows()
     logits = draft.logits(draft(tokens, features))
     assert logits.shape == (1, 7, tiny.VOCAB)
@@ -124,7 +121,7 @@ def test_unknown_fusions_are_refused(llama: PreTrainedModel) -> None:
 
 def first_logits(draft: DovetailAssistantModel, target: PreTrainedModel) -> Tensor:
     """What a draft says of fixed rows."""
-    draft.share_weights(target)
+    tiny.met(draft, target)
     tokens, features = rows()
     with torch.no_grad():
         return draft.logits(draft(tokens, features if draft.reads_features else None))
@@ -180,16 +177,16 @@ def test_embeddings_and_head_are_shared_or_copied(tied: bool, ids: Tensor) -> No
     target = tiny.build("llama", tie_word_embeddings=tied)
     draft = tiny.draft_for(target, "untrained")
     count = sum(p.numel() for p in draft.parameters())
-    draft.share_weights(target)
+    draft.meet(target)
     sources = target.get_input_embeddings().weight, target.get_output_embeddings().weight
     held = draft._shared.embedding, draft._shared.head
     assert [t.data_ptr() for t in held] == [t.data_ptr() for t in sources]
-    draft.to(torch.float64).share_weights(target)
+    draft.to(torch.float64).meet(target)
     copies = draft._shared.embedding, draft._shared.head
     assert [t.dtype for t in copies] == [torch.float64] * 2
     assert (copies[0].data_ptr() == copies[1].data_ptr()) is tied
     again = draft._shared
-    draft.share_weights(target)
+    draft.meet(target)
     assert draft._shared is again
     assert count == sum(p.numel() for p in draft.parameters())
     tiny.both(target, draft, ids)

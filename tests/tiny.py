@@ -98,6 +98,13 @@ def draft_for(target: PreTrainedModel, kind: str) -> DovetailAssistantModel:
     return _placed(DovetailAssistantModel.from_causal_lm(target if kind == "accepting" else perturbed(target, 0.15)))
 
 
+def met(draft: DovetailAssistantModel, target: PreTrainedModel) -> DovetailAssistantModel:
+    """The draft, ready on the CPU for `target`."""
+    draft.draft_device = "cpu"
+    draft.meet(target)
+    return draft
+
+
 def _placed(draft: DovetailAssistantModel) -> DovetailAssistantModel:
     draft.draft_device = "cpu"
     draft.tree = TreeShape(nodes=12, depth=4, top_k=4)
