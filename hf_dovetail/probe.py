@@ -20,7 +20,10 @@ from .tree import DraftTree
 logger = logging.get_logger(__name__)
 
 TESTED_TYPES = frozenset(
-    ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "olmo2", "granite", "cohere", "mixtral", "qwen3_moe"]
+    (
+        *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "olmo2"),
+        *("granite", "cohere", "mixtral", "qwen3_moe"),
+    )
 )
 _PREFIX = 6
 _PARENTS = (-1, 0, 0, 1, 2)  # two branches of two nodes under the root

@@ -126,9 +126,7 @@ def test_zero_nodes_are_plain_decoding(llama: PreTrainedModel, ids: Tensor) -> N
         draft.tree = TreeShape(nodes=0)
         tiny.both(llama, draft, ids)
         stats = draft.last_stats
-        assert (stats.rounds, stats.drafted, stats.accepted, stats.bytes_to_target, stats.draft_ms) == (29, 0, 0, 0, 0) or (
-            stats.drafted == 0 and stats.rounds == 29
-        )
+        assert (stats.rounds, stats.drafted, stats.accepted, stats.bytes_to_target) == (29, 0, 0, 0)
 
 
 def test_negative_shapes_are_refused_before_they_are_used(llama: PreTrainedModel, noisy: DovetailAssistantModel, ids: Tensor) -> None:

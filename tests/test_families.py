@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
 from hf_dovetail.attention import why_not_branching
@@ -54,11 +54,11 @@ def test_the_target_as_its_own_draft_is_always_accepted(family: str, tiny_model:
 
 def open_tree(model: PreTrainedModel, ids: Tensor, tap: FeatureTap, mask: Tensor | None = None) -> tuple[Target, Any]:
     """A verifier that has read `ids`."""
-    positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
+    positions = (torch.ones_like(ids) if mask is None else mask).cumsum(-1).sub(1).clamp(min=0)
     cache = DynamicCache(config=model.config)
     target = open_target(model, Context(cache, mask, positions, ids.shape[1], 100), tap, 20)
-    extra = {} if mask is None else {"attention_mask": mask, "position_ids": positions}
-    return target, target.prefill(lambda own: model(ids, past_key_values=own, use_cache=True, **extra))
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": True}
+    return target, target.prefill(lambda own: model(past_key_values=own, **inputs))
 
 
 def random_tree(root: int, seed: int) -> DraftTree:
@@ -199,3 +199,24 @@ def test_each_family_opens_the_right_verifier(tiny_model: Maker) -> None:
         model = tiny_model(family)
         context = Context(DynamicCache(config=model.config), None, None, 5, 10)
         assert type(open_target(model, context, FeatureTap(model, False), 4)) is kind
+
+
+class IgnoresMasks(LlamaForCausalLM):
+    """Takes a mask of branches and attends as if it were none."""
+
+    def forward(self, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        return super().forward(*args, attention_mask=None if getattr(attention_mask, "ndim", 2) > 2 else attention_mask, **kwargs)
+
+
+def test_an_unknown_architecture_that_ignores_the_mask_gets_chains() -> None:
+    """Guards silent corruption: such a model runs on trees without an error, and answers something else."""
+    known, ids = tiny.build("llama"), tiny.prompt()
+    model = IgnoresMasks(known.config).eval()
+    model.load_state_dict(known.state_dict())
+    model.config.model_type = "llama_of_another_house"
+    draft = tiny.draft_for(known, "noisy")
+    tiny.both(model, draft, ids)
+    stats = draft.last_stats
+    assert 0 < stats.accepted < stats.drafted <= stats.rounds * draft.tree.levels
+    tiny.both(known, draft, ids)
+    assert draft.last_stats.drafted > draft.last_stats.rounds * draft.tree.levels

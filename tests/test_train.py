@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,7 @@ def test_unrolled_steps_compute_what_a_tree_computes(target, windows) -> None:
     seen: list[torch.Tensor] = []
     forward = DovetailAssistantModel.forward
 
+    @wraps(forward)
     def spy(self, *args, **kwargs):
         seen.append(forward(self, *args, **kwargs))
         return seen[-1]
