@@ -20,7 +20,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 from .attention import BranchingMask, why_not_branching
 from .cache import GrowingCache, num_cache_layers
 from .config import DovetailConfig, TreeShape
-from .weights import SharedWeights, check_finite, check_fits, check_loaded, save_tokenizer
+from .register import model_is_ready
+from .weights import SharedWeights, check_evaluating, check_finite, check_fits, check_loaded, save_tokenizer
 
 
 class DynamicGatingFusion(nn.Module):
@@ -113,12 +114,15 @@ class DovetailAssistantModel(PreTrainedModel):
         """Draft trees with an ordinary causal LM that has the target's vocabulary; `lm` is shared, not copied.
 
         Raises:
-            ValueError: if `lm` cannot compute branches in one forward pass.
+            ValueError: if `lm` cannot compute branches in one forward pass, or is in training mode.
         """
         reason = why_not_branching(lm)
         if reason:
             raise ValueError(f"this model cannot draft a tree: {reason}")
-        return cls(DovetailConfig.for_causal_lm(lm.config), lm=lm).eval()
+        check_evaluating(lm)
+        draft = cls(DovetailConfig.for_causal_lm(lm.config), lm=lm)
+        draft.training = False  # not eval(): the model is the caller's
+        return draft
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -157,10 +161,12 @@ class DovetailAssistantModel(PreTrainedModel):
             The device of the draft.
 
         Raises:
-            ValueError: if the draft does not fit the target, or its own weights were never loaded.
+            ValueError: if the draft does not fit the target, its own weights were never loaded, or it is a causal
+                LM in training mode.
         """
         check_fits(self.config, target)
         if not self.reads_features:
+            check_evaluating(self.lm)
             if self.lm is not target:  # a target that drafts for itself stays where it is
                 self._place()
             return self.device
@@ -296,3 +302,6 @@ def _lm_config(config: DovetailConfig) -> Any:
         raise ValueError('fusion="none" needs the wrapped model\'s configuration in causal_lm; use from_causal_lm(lm)')
     values = dict(config.causal_lm)
     return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+model_is_ready()

@@ -17,14 +17,9 @@ from typing import Any
 _originals: dict[str, Callable] = {}
 
 
-def _draft_class() -> type | None:
-    """`DovetailAssistantModel`, if anything has imported it: otherwise no assistant can be one."""
-    module = sys.modules.get("hf_dovetail.modeling")
-    return getattr(module, "DovetailAssistantModel", None)
-
-
 def _is_draft(assistant: Any) -> bool:
-    draft_class = _draft_class()
+    """Whether an assistant is a Dovetail draft; if nothing has imported `modeling`, none can be."""
+    draft_class = getattr(sys.modules.get("hf_dovetail.modeling"), "DovetailAssistantModel", None)
     return draft_class is not None and isinstance(assistant, draft_class)
 
 
@@ -70,10 +65,18 @@ def _remove_config(module: ModuleType) -> None:
 
 
 def _add_model(module: ModuleType) -> None:
+    from . import modeling
     from .config import DovetailConfig
-    from .modeling import DovetailAssistantModel
 
-    module.MODEL_FOR_CAUSAL_LM_MAPPING.register(DovetailConfig, DovetailAssistantModel, exist_ok=True)
+    if hasattr(modeling, "DovetailAssistantModel"):  # else `modeling` is being imported, and calls `model_is_ready`
+        module.MODEL_FOR_CAUSAL_LM_MAPPING.register(DovetailConfig, modeling.DovetailAssistantModel, exist_ok=True)
+
+
+def model_is_ready() -> None:
+    """Add the model to the Auto classes, if it was `hf_dovetail.modeling` itself that imported them."""
+    module = sys.modules.get("transformers.models.auto.modeling_auto")
+    if module is not None and _finder in sys.meta_path:
+        _add_model(module)
 
 
 def _remove_model(module: ModuleType) -> None:

@@ -107,14 +107,14 @@ class Target(AbstractContextManager):
     cache: Cache
 
     def __init__(self, model: PreTrainedModel, context: Context, tap: FeatureTap, nodes: int) -> None:
-        self.model, self._context, self._tap = model, context, tap
+        self.model, self._context, self._tap, self._nodes = model, context, tap, nodes
         self._past = self.held = context.cache.get_seq_length()
         self.first = max(self._past, context.padding)
         self._root: Tensor | None = None  # position of the first new token
         if context.position_ids is not None:
             self._root = (context.position_ids[..., -1:] + 1).to(model.device)
             self._first_position = int(self._root.max())
-        self._adopt(nodes)
+        self._adopt()
 
     def __exit__(self, *error: object) -> None:
         """Nothing to undo."""
@@ -125,6 +125,9 @@ class Target(AbstractContextManager):
         The features are those of the positions from `first` on.
         """
         output, features = self._tap(lambda: forward(self.cache))
+        if output.past_key_values is not self.cache:  # a model may start a cache of its own (longrope)
+            self._context.cache = output.past_key_values
+            self._adopt()
         self.held = self._prompt_end = self.cache.get_seq_length()
         if features is not None:
             features = features[:, self.first - self._past :]
@@ -142,7 +145,7 @@ class Target(AbstractContextManager):
         """New tokens that the cache holds."""
         return self.held - self._prompt_end
 
-    def _adopt(self, nodes: int) -> None:
+    def _adopt(self) -> None:
         raise NotImplementedError
 
     def verify(self, tree: DraftTree) -> TargetOutput:
@@ -178,11 +181,11 @@ class Target(AbstractContextManager):
 class TreeTarget(Target):
     """Verifies trees: tree mask, depth positions, and a cache that keeps one path in place."""
 
-    def _adopt(self, nodes: int) -> None:
+    def _adopt(self) -> None:
         self._branching = BranchingMask(self.model)
         mask = self._context.attention_mask
         self._prompt_mask = None if mask is None else mask.bool().cpu()  # (1, n)
-        capacity = min(self._context.max_length, self._context.prompt_length + 256) + nodes + 1
+        capacity = min(self._context.max_length, self._context.prompt_length + 256) + self._nodes + 1
         self.cache = GrowingCache.adopt(self._context.cache, num_cache_layers(self.model.config), capacity)
 
     def verify(self, tree: DraftTree) -> TargetOutput:
@@ -213,7 +216,7 @@ class TreeTarget(Target):
 class ChainTarget(Target):
     """Verifies chains on the model's own cache, which is cropped after each round."""
 
-    def _adopt(self, nodes: int) -> None:
+    def _adopt(self) -> None:
         self.cache, self._rows = self._context.cache, 0
         self._recorders = [layer for layer in self.cache.layers if getattr(layer, "record_past", None) is False]
         self.cache.activate_past_recording()
@@ -222,6 +225,14 @@ class ChainTarget(Target):
         """Stop recording the past where it was not recorded before."""
         for layer in self._recorders:
             layer.record_past = False
+
+    def prefill(self, forward: Callable[[Cache], Any]) -> TargetOutput:
+        """Run the prompt; only then is it known whether the cache holds recurrent states, which cannot be cropped."""
+        output = super().prefill(forward)
+        if not self.cache.is_croppable:
+            raise _not_croppable(self.cache, "use another target")
+        self.cache.crop(0)
+        return output
 
     def allowed(self, shape: TreeShape) -> TreeShape:
         """The chain within `shape`."""
@@ -252,12 +263,16 @@ def open_target(model: PreTrainedModel, context: Context, tap: FeatureTap, nodes
     takes_masks = why_not_branching(model) is None and not three_dimensional
     if takes_masks and can_branch(context.cache) and branches_rightly(model):
         return TreeTarget(model, context, tap, nodes)
-    if type(context.cache) is not DynamicCache or context.cache.offloading or not context.cache.is_croppable:
-        raise ValueError(
-            f"Dovetail cannot verify drafts on a {type(context.cache).__name__}: its positions cannot be taken back; "
-            "leave out cache_implementation and past_key_values, or call generate without assistant_model"
-        )
+    if type(context.cache) is not DynamicCache or context.cache.offloading:
+        raise _not_croppable(context.cache, "leave out cache_implementation and past_key_values")
     return ChainTarget(model, context, tap, nodes)
+
+
+def _not_croppable(cache: Cache, advice: str) -> ValueError:
+    return ValueError(
+        f"Dovetail cannot verify drafts on this {type(cache).__name__}: its positions cannot be taken back; {advice}, "
+        "or call generate without assistant_model"
+    )
 
 
 def _position_limit(model: PreTrainedModel, position: int) -> int | None:

@@ -87,6 +87,16 @@ def check_fits(config: DovetailConfig, target: PreTrainedModel) -> None:
             )
 
 
+def check_evaluating(lm: nn.Module) -> None:
+    """Refuse a causal LM in training mode, where dropout would draw from the random generator of the answer.
+
+    Raises:
+        ValueError: saying what to call.
+    """
+    if lm.training:
+        raise ValueError(f"{type(lm).__name__} is in training mode and cannot draft; call eval() on it first")
+
+
 def check_finite(draft: nn.Module) -> None:
     """Refuse a draft with a weight that is NaN or infinite, such as one that was never loaded.
 

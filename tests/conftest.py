@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import tiny  # noqa: E402
-
-import hf_dovetail  # noqa: E402
-from hf_dovetail import DovetailAssistantModel  # noqa: E402
+import hf_dovetail
+from hf_dovetail import DovetailAssistantModel
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT.parent / "shared" / "models"

@@ -15,9 +15,7 @@ from hf_dovetail.tree import DraftTree
 #   7   8     6            3   4     5
 #   |                      6
 #   9
-TREE = DraftTree(
-    torch.tensor([[5, 6, 7, 7, 8, 6, 9]]), torch.tensor([[-1, 0, 0, 1, 1, 2, 3]]), torch.zeros(1, 7)
-)
+TREE = DraftTree(torch.tensor([[5, 6, 7, 7, 8, 6, 9]]), torch.tensor([[-1, 0, 0, 1, 1, 2, 3]]), torch.zeros(1, 7))
 
 
 class Target:
@@ -74,7 +72,12 @@ def test_a_root_alone_is_plain_decoding() -> None:
 
 def test_a_row_of_a_batch_walks_its_own_tree() -> None:
     other = DraftTree(TREE.tokens.flip(1), torch.tensor([[-1, 0, 1, 2, 3, 4, 5]]), torch.zeros(1, 7))
-    both = DraftTree(*(torch.cat(pair) for pair in ((TREE.tokens, other.tokens), (TREE.parents, other.parents), (torch.zeros(1, 7),) * 2)))
+    both = DraftTree(
+        *(
+            torch.cat(pair)
+            for pair in ((TREE.tokens, other.tokens), (TREE.parents, other.parents), (torch.zeros(1, 7),) * 2)
+        )
+    )
     logits = torch.arange(7).float()[None, :, None].expand(2, -1, 4)
     assert walk(both, logits, Target(6, 8, 1), row=0).path == (0, 1, 4)
     assert walk(both, logits, Target(6, 8, 1), row=1).path == (0, 1, 2)

@@ -12,7 +12,15 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
+    StoppingCriteriaList,
+)
 
 from hf_dovetail import DovetailAssistantModel, DovetailConfig, TreeShape
 
@@ -35,7 +43,9 @@ def warnings_seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     logger.removeHandler(handler)
 
 
-def refuse(target: PreTrainedModel, draft: DovetailAssistantModel, words: str, ids: Tensor | None = None, **options: Any) -> None:
+def refuse(
+    target: PreTrainedModel, draft: DovetailAssistantModel, words: str, ids: Tensor | None = None, **options: Any
+) -> None:
     """The call is refused with these words; a correct one afterwards gives plain generate's answer."""
     with pytest.raises(ValueError, match=words):
         tiny.run(target, tiny.prompt() if ids is None else ids, draft, **options)
@@ -56,7 +66,9 @@ def test_a_draft_for_another_target_names_both_numbers(
     tiny.both(llama, untrained, ids)
 
 
-def test_a_draft_for_another_kind_of_target_names_both(llama: PreTrainedModel, untrained: DovetailAssistantModel, ids: Tensor) -> None:
+def test_a_draft_for_another_kind_of_target_names_both(
+    llama: PreTrainedModel, untrained: DovetailAssistantModel, ids: Tensor
+) -> None:
     refuse(tiny.build("qwen3"), untrained, "model type llama, .* has qwen3")
     tiny.both(llama, untrained, ids)
 
@@ -70,8 +82,14 @@ def test_a_causal_lm_draft_of_another_vocabulary_names_both_sizes(llama: PreTrai
 CHECKPOINTS: dict[str, tuple[Edit, str]] = {
     "missing": (lambda w: w.pop("fusion.W_2"), r"missing: fusion\.W_2"),
     "missing_block": (lambda w: w.pop("layers.0.mlp.up_proj.weight"), r"missing: layers\.0\.mlp\.up_proj\.weight"),
-    "extra": (lambda w: w.update({"layers.0.input_layernorm.weight": torch.ones(32)}), r"not part of .*layers\.0\.input_layernorm"),
-    "misshapen": (lambda w: w.update({"fusion.W_z": torch.ones(32, 32)}), r"W_z has shape \(32, 32\), expected \(64, 32\)"),
+    "extra": (
+        lambda w: w.update({"layers.0.input_layernorm.weight": torch.ones(32)}),
+        r"not part of .*layers\.0\.input_layernorm",
+    ),
+    "misshapen": (
+        lambda w: w.update({"fusion.W_z": torch.ones(32, 32)}),
+        r"W_z has shape \(32, 32\), expected \(64, 32\)",
+    ),
     "nan": (lambda w: w["fusion.W_1"][3].fill_(float("nan")), r"weight fusion\.W_1 .* not finite"),
     "infinite": (lambda w: w["layers.0.mlp.gate_proj.weight"][0].fill_(float("inf")), "gate_proj.weight .* not finite"),
 }
@@ -108,7 +126,9 @@ def test_a_faulty_causal_lm_checkpoint_is_refused_too(noisy: DovetailAssistantMo
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.99])
-def test_a_truncated_file_is_reported_as_damaged(kept: float, untrained: DovetailAssistantModel, tmp_path: Path) -> None:
+def test_a_truncated_file_is_reported_as_damaged(
+    kept: float, untrained: DovetailAssistantModel, tmp_path: Path
+) -> None:
     untrained.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     data = file.read_bytes()
@@ -129,9 +149,11 @@ def test_zero_nodes_are_plain_decoding(llama: PreTrainedModel, ids: Tensor) -> N
         assert (stats.rounds, stats.drafted, stats.accepted, stats.bytes_to_target) == (29, 0, 0, 0)
 
 
-def test_negative_shapes_are_refused_before_they_are_used(llama: PreTrainedModel, noisy: DovetailAssistantModel, ids: Tensor) -> None:
+def test_negative_shapes_are_refused_before_they_are_used(
+    llama: PreTrainedModel, noisy: DovetailAssistantModel, ids: Tensor
+) -> None:
     for values in ({"nodes": -1}, {"depth": -2}, {"top_k": -3}):
-        (name, value), = values.items()
+        ((name, value),) = values.items()
         with pytest.raises(ValueError, match=f"{name} is {value}"):
             noisy.tree = TreeShape(**values)
     tiny.both(llama, noisy, ids)
@@ -142,7 +164,9 @@ def test_an_empty_prompt_is_refused(llama: PreTrainedModel, noisy: DovetailAssis
     tiny.both(llama, noisy, ids)
 
 
-def test_no_prompt_at_all_starts_with_bos_as_in_plain_generate(llama: PreTrainedModel, noisy: DovetailAssistantModel) -> None:
+def test_no_prompt_at_all_starts_with_bos_as_in_plain_generate(
+    llama: PreTrainedModel, noisy: DovetailAssistantModel
+) -> None:
     options = {"do_sample": False, "max_new_tokens": 9}
     assert torch.equal(llama.generate(**options), llama.generate(**options, assistant_model=noisy))
 
@@ -165,11 +189,20 @@ def test_a_prompt_beyond_the_drafts_positions_warns_once_and_goes_on(
     assert draft.last_stats.accepted > 0 or kind == "untrained"
 
 
+def short_gpt2(positions: int) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A target with few learned positions, and the same model with all of them."""
+    long, short = tiny.build("gpt2"), tiny.build("gpt2", n_positions=positions)
+    weights = long.state_dict()
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:positions]
+    short.load_state_dict(weights)
+    return short, long
+
+
 @pytest.mark.parametrize("kind", ["noisy", "untrained"])
 def test_the_targets_last_position_is_reached_like_plain_generate_does(kind: str, warnings_seen: list[str]) -> None:
     """Guards learned positions (40 of them): no node of a tree may stand beyond the last one."""
-    target = tiny.build("gpt2", n_positions=40)
-    draft = tiny.draft_for(tiny.build("gpt2"), kind) if kind == "noisy" else tiny.draft_for(target, kind)
+    target, long = short_gpt2(40)
+    draft = tiny.draft_for(long if kind == "noisy" else target, kind)
     draft.config.max_position_embeddings = 500  # the draft itself has room
     plain, _ = tiny.both(target, draft, tiny.prompt(20), max_new_tokens=21)
     assert plain.sequences.shape[1] == 41
@@ -179,6 +212,22 @@ def test_the_targets_last_position_is_reached_like_plain_generate_does(kind: str
     with pytest.raises((IndexError, ValueError)):
         tiny.run(target, tiny.prompt(41), draft, max_new_tokens=3)
     tiny.both(target, draft, tiny.prompt(39), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("length", range(36, 42))
+def test_a_tree_stays_within_the_targets_positions_when_the_answer_may_be_longer(length: int) -> None:
+    """Guards an answer that a criterion ends in time: plain generate computes no position beyond it, nor may we."""
+    target, long = short_gpt2(40)
+    draft = tiny.draft_for(long, "noisy")
+    draft.tree = TreeShape(nodes=12, depth=7, top_k=2)
+
+    def stop(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((1,), ids.shape[1] >= length)
+
+    criteria = StoppingCriteriaList([stop])
+    plain, _ = tiny.both(target, draft, tiny.prompt(20), max_new_tokens=100, stopping_criteria=criteria)
+    assert plain.sequences.shape[1] == length
+    assert draft.last_stats.accepted > 0
 
 
 REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
@@ -218,7 +267,9 @@ def test_input_embeddings_are_refused(kind: str, llama: PreTrainedModel, ids: Te
     tiny.both(llama, draft, ids)
 
 
-def test_caches_that_cannot_be_taken_back_are_refused(llama: PreTrainedModel, noisy: DovetailAssistantModel, ids: Tensor) -> None:
+def test_caches_that_cannot_be_taken_back_are_refused(
+    llama: PreTrainedModel, noisy: DovetailAssistantModel, ids: Tensor
+) -> None:
     static = StaticCache(config=llama.config, max_cache_len=64)
     refuse(llama, noisy, "StaticCache", past_key_values=static)
     refuse(llama, noisy, "DynamicCache", past_key_values=DynamicCache(config=llama.config, offloading=True))
@@ -237,7 +288,9 @@ def test_an_encoder_decoder_target_is_refused(noisy: DovetailAssistantModel, ids
     assert target.generate(ids, max_new_tokens=3).shape[1] == 4
 
 
-def test_a_target_without_an_lm_head_matrix_is_refused(llama: PreTrainedModel, untrained: DovetailAssistantModel, ids: Tensor) -> None:
+def test_a_target_without_an_lm_head_matrix_is_refused(
+    llama: PreTrainedModel, untrained: DovetailAssistantModel, ids: Tensor
+) -> None:
     """Guards heads that have no weight, such as some quantised ones."""
     head = llama.lm_head
 
@@ -254,7 +307,7 @@ def test_a_target_without_an_lm_head_matrix_is_refused(llama: PreTrainedModel, u
 def test_configurations_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="num_hidden_layers is 9; a draft has 1 to 6 blocks"):
         DovetailConfig(num_hidden_layers=9)
-    with pytest.raises(ValueError, match="'mean'.*dgf, none"):
+    with pytest.raises(ValueError, match=r"'mean'.*dgf, none"):
         DovetailConfig(fusion="mean")
     with pytest.raises(ValueError, match="causal_lm"):
         DovetailAssistantModel(DovetailConfig(fusion="none"))

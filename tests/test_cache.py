@@ -125,7 +125,9 @@ def test_adopt_and_export_carry_a_conversation_through(family: str, held: int) -
     later = states(2, 3)  # and it goes on as a DynamicCache
     for found, wanted in zip(append(given, later), append(plain, later), strict=True):
         assert torch.equal(found[0], wanted[0])
-    assert any(isinstance(layer, DynamicSlidingWindowLayer) for layer in given.layers) == (family in ("mistral", "gemma2"))
+    assert any(isinstance(layer, DynamicSlidingWindowLayer) for layer in given.layers) == (
+        family in ("mistral", "gemma2")
+    )
 
 
 def test_adopting_twice_shares_no_memory() -> None:

@@ -77,8 +77,12 @@ def paths(tree: DraftTree) -> dict[tuple[int, ...], float]:
     }
 
 
-@pytest.mark.parametrize("shape", [TreeShape(12, 3, 3), TreeShape(6, 5, 2), TreeShape(4, 6, 1), TreeShape(9, 0, 9), TreeShape(1, 4, 3)])
-@pytest.mark.parametrize(("kind", "family"), [("dgf", "llama"), ("lm", "llama"), ("lm", "mistral"), ("lm", "gemma2"), ("lm", "gpt2")])
+@pytest.mark.parametrize(
+    "shape", [TreeShape(12, 3, 3), TreeShape(6, 5, 2), TreeShape(4, 6, 1), TreeShape(9, 0, 9), TreeShape(1, 4, 3)]
+)
+@pytest.mark.parametrize(
+    ("kind", "family"), [("dgf", "llama"), ("lm", "llama"), ("lm", "mistral"), ("lm", "gemma2"), ("lm", "gpt2")]
+)
 def test_a_grown_tree_is_eagle_2s(kind: str, family: str, shape: TreeShape) -> None:
     """Guards the vectorised expansion: masks, positions, features and parents of every level; in two rounds."""
     target, draft = made(kind, family, blocks=2)
@@ -100,7 +104,9 @@ def test_a_grown_tree_is_eagle_2s(kind: str, family: str, shape: TreeShape) -> N
     assert deepest > 1 or min(shape.depth, shape.nodes - 1) == 0 or shape.top_k > 2
 
 
-@pytest.mark.parametrize(("kind", "family", "blocks"), [("dgf", "llama", 1), ("dgf", "qwen3", 3), ("lm", "phi3", 1), ("lm", "gemma3", 1)])
+@pytest.mark.parametrize(
+    ("kind", "family", "blocks"), [("dgf", "llama", 1), ("dgf", "qwen3", 3), ("lm", "phi3", 1), ("lm", "gemma3", 1)]
+)
 def test_incremental_rows_are_those_of_one_full_pass(kind: str, family: str, blocks: int) -> None:
     """Guards the draft's cache: rows committed in turns, with trees grown and forgotten in between."""
     target, draft = made(kind, family, blocks)
@@ -110,7 +116,9 @@ def test_incremental_rows_are_those_of_one_full_pass(kind: str, family: str, blo
     session.begin(ids[:, :1], 0)
     known = 1
     for count in (9, 1, 1, 4, 2, 7, 3):
-        session.commit(ids[:, known : known + count], features[:, known - 1 : known + count - 1] if kind == "dgf" else None)
+        session.commit(
+            ids[:, known : known + count], features[:, known - 1 : known + count - 1] if kind == "dgf" else None
+        )
         known += count
         tree = DraftTree.unpack(ids[:, known - 1 : known], session.grow(TreeShape(tiny.VOCAB, 0, tiny.VOCAB)))
         expected = from_scratch(draft, ids[:, :known], features[:, : known - 1])(())
@@ -154,3 +162,33 @@ def test_growing_happens_on_the_device_in_one_packed_tensor(monkeypatch: Any) ->
     monkeypatch.undo()
     assert packed.shape == (1, 3, 10)
     assert packed.dtype == torch.int32
+
+
+@pytest.mark.parametrize("case", ["fresh", "padded", "continued", "chunked"])
+@pytest.mark.parametrize(("kind", "family"), [("untrained", "llama"), ("untrained", "gemma2"), ("noisy", "mistral")])
+def test_every_tree_of_an_answer_is_drafted_from_the_answer_so_far(kind: str, family: str, case: str) -> None:
+    """Guards the seam between the models: tokens and features of the accepted path, none shifted, lost or twice."""
+    target, ids, options, start = tiny.build(family), tiny.prompt(), {}, 0
+    draft = tiny.draft_for(target, kind)
+    draft.tree, rounds = TreeShape(6, 3, 3), []
+    draft.watch = rounds.append
+    if case == "padded":
+        ids, start = torch.nn.functional.pad(ids, (4, 0)), 4
+        options = {"attention_mask": (ids != 0).long()}
+    elif case == "continued":
+        first = tiny.run(target, ids, max_new_tokens=8)
+        ids, start = torch.cat((first.sequences, tiny.prompt(4, seed=8)), dim=1), 19
+        options = {"past_key_values": first.past_key_values}
+    elif case == "chunked":
+        options = {"prefill_chunk_size": 5}
+    answer = tiny.run(target, ids, draft, max_new_tokens=60, **options).sequences
+    pad = 4 if case == "padded" else 0
+    features = features_of(target, answer[:, pad:])[:, start - pad :]
+    known = ids.shape[1] + 1
+    for turn in rounds:
+        shape = draft.tree.clipped(answer.shape[1] - known - 1)
+        expected = eagle_2(from_scratch(draft, answer[:, start:known], features[:, : known - start - 1]), shape)
+        assert set(paths(turn.tree)) == set(expected)
+        known += len(turn.accepted.tokens)
+    assert known == answer.shape[1]
+    assert draft.last_stats.accepted > 1

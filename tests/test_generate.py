@@ -8,7 +8,13 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
 
@@ -52,7 +58,7 @@ def test_processors_see_each_nodes_own_prefix(
     name: str, llama: PreTrainedModel, noisy: DovetailAssistantModel, ids: Tensor
 ) -> None:
     """Guards a bonus token that ignores the processors, and processors run on a wrong prefix."""
-    plain, ours = tiny.both(llama, noisy, ids, max_new_tokens=40, **PROCESSORS[name])
+    plain, _ = tiny.both(llama, noisy, ids, max_new_tokens=40, **PROCESSORS[name])
     assert noisy.last_stats.accepted > 0
     neutral = {"do_sample": PROCESSORS[name].get("do_sample", False)}
     assert plain.sequences.tolist() != tiny.run(llama, ids, max_new_tokens=40, **neutral).sequences.tolist()
@@ -69,7 +75,9 @@ def test_processors_on_a_real_model(
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"do_sample": True, "temperature": 0.5, "top_p": 0.9}])
 def test_long_answers_of_a_real_model(
-    options: dict[str, Any], real_target: PreTrainedModel, real_draft: DovetailAssistantModel,
+    options: dict[str, Any],
+    real_target: PreTrainedModel,
+    real_draft: DovetailAssistantModel,
     real_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """A whole story at the default shape; the pair agrees on 9 tokens of 10, so rounds must be few."""
@@ -145,7 +153,9 @@ def test_max_length_is_exact(length: int, llama: PreTrainedModel, noisy: Dovetai
 
 @pytest.mark.parametrize("sample", [False, True])
 @pytest.mark.parametrize("kind", tiny.DRAFTS)
-def test_the_answer_ends_at_any_of_several_eos_tokens(kind: str, sample: bool, llama: PreTrainedModel, ids: Tensor) -> None:
+def test_the_answer_ends_at_any_of_several_eos_tokens(
+    kind: str, sample: bool, llama: PreTrainedModel, ids: Tensor
+) -> None:
     """Guards output after EOS, wherever in a path it stands."""
     draft = tiny.draft_for(llama, kind)
     free = tiny.run(llama, ids, do_sample=sample).sequences[0, 12:].tolist()
@@ -197,7 +207,9 @@ def test_criteria_are_asked_after_each_token(
     assert outputs[1].sequences.shape[1] == length
 
 
-def test_max_time_ends_the_answer_after_a_token(llama: PreTrainedModel, noisy: DovetailAssistantModel, ids: Tensor) -> None:
+def test_max_time_ends_the_answer_after_a_token(
+    llama: PreTrainedModel, noisy: DovetailAssistantModel, ids: Tensor
+) -> None:
     _, ours = tiny.both(llama, noisy, ids, max_time=1e-9)
     assert ours.sequences.shape[1] == 13
     assert tiny.run(llama, ids, noisy, max_time=600).sequences.shape[1] == 42
@@ -225,12 +237,17 @@ def test_plain_outputs_without_a_dict(llama: PreTrainedModel, noisy: DovetailAss
     bare, _ = tiny.both(llama, noisy, ids, output_scores=False, output_logits=False)
     assert bare.scores is None
     by_dict = llama.generate(
-        **{"input_ids": ids, "attention_mask": torch.ones_like(ids)}, max_new_tokens=20, do_sample=False, assistant_model=noisy
+        **{"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        max_new_tokens=20,
+        do_sample=False,
+        assistant_model=noisy,
     )
     assert torch.equal(plain, by_dict)
 
 
-@pytest.mark.parametrize("shape", [TreeShape(0), TreeShape(1, 0, 1), TreeShape(60, 12, 9), TreeShape(5, 30, 1), TreeShape(8, 0, 200)])
+@pytest.mark.parametrize(
+    "shape", [TreeShape(0), TreeShape(1, 0, 1), TreeShape(60, 12, 9), TreeShape(5, 30, 1), TreeShape(8, 0, 200)]
+)
 @pytest.mark.parametrize("kind", ["noisy", "untrained"])
 def test_every_shape_gives_the_same_answer(kind: str, shape: TreeShape, llama: PreTrainedModel, ids: Tensor) -> None:
     """Guards extreme shapes: none, one node, wider than the vocabulary, deeper than the answer."""

@@ -35,7 +35,9 @@ def imports(tree: ast.AST) -> set[str]:
     return found & {path.stem for path in PACKAGE.glob("*.py")}
 
 
-@pytest.mark.parametrize("module", sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem not in ("__init__", "__main__")))
+@pytest.mark.parametrize(
+    "module", sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem not in ("__init__", "__main__"))
+)
 def test_a_module_imports_from_lower_layers_only(module: str) -> None:
     tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
     assert module in RANK, f"give {module} a layer in this test and in the documentation"
@@ -50,5 +52,7 @@ def test_the_import_finder_sees_imports() -> None:
     plugin = ast.parse((PACKAGE / "plugin.py").read_text(encoding="utf-8"))
     assert {"decode", "draft", "modeling", "target"} <= imports(plugin)
     assert imports(ast.parse("from . import tree\nimport hf_dovetail.cache\nfrom hf_dovetail.accept import walk")) == {
-        "tree", "cache", "accept",
+        "tree",
+        "cache",
+        "accept",
     }

@@ -101,7 +101,7 @@ def test_every_family_gets_a_working_draft(family: str, blocks: int, tiny_model:
 def test_a_fresh_draft_passes_the_feature_on(llama: PreTrainedModel) -> None:
     """Guards the start values: without training the feature enters by half."""
     draft = DovetailAssistantModel.from_target(llama)
-    tokens, features = rows()
+    _, features = rows()
     fused = draft.fusion(torch.zeros(1, 7, 32), features)
     torch.testing.assert_close(fused, features / 2)
 
@@ -113,7 +113,7 @@ def test_the_number_of_blocks_is_checked(blocks: int, llama: PreTrainedModel) ->
 
 
 def test_unknown_fusions_are_refused(llama: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match="'sum'.*dgf, none"):
+    with pytest.raises(ValueError, match=r"'sum'.*dgf, none"):
         DovetailAssistantModel.from_target(llama, fusion="sum")
     with pytest.raises(ValueError, match="from_causal_lm"):
         DovetailAssistantModel.from_target(llama, fusion="none")
@@ -129,7 +129,9 @@ def first_logits(draft: DovetailAssistantModel, target: PreTrainedModel) -> Tens
 
 @pytest.mark.parametrize("kind", ["noisy", "untrained"])
 @pytest.mark.parametrize("through", ["class", "auto"])
-def test_a_saved_draft_is_the_same_draft(kind: str, through: str, llama: PreTrainedModel, tmp_path: Path, ids: Tensor) -> None:
+def test_a_saved_draft_is_the_same_draft(
+    kind: str, through: str, llama: PreTrainedModel, tmp_path: Path, ids: Tensor
+) -> None:
     """Guards save and load, bit by bit, and the Auto classes; nothing of how to run is stored."""
     draft = tiny.draft_for(llama, kind)
     if kind == "untrained":
@@ -204,7 +206,9 @@ def test_a_head_with_a_bias_is_shared_with_it(ids: Tensor) -> None:
 
 @pytest.mark.parametrize("kind", ["noisy", "untrained"])
 @pytest.mark.parametrize("through", ["deepcopy", "pickle"])
-def test_a_draft_that_has_met_a_target_can_be_copied(kind: str, through: str, llama: PreTrainedModel, ids: Tensor) -> None:
+def test_a_draft_that_has_met_a_target_can_be_copied(
+    kind: str, through: str, llama: PreTrainedModel, ids: Tensor
+) -> None:
     """Guards weak references and shared weights, which must stay behind."""
     draft = tiny.draft_for(llama, kind)
     tiny.both(llama, draft, ids)
@@ -228,8 +232,20 @@ def test_statistics_are_readable_both_ways(llama: PreTrainedModel, noisy: Doveta
     """Guards the contract's names, and sums that must hold."""
     tiny.run(llama, ids, noisy)
     stats = noisy.last_stats
-    assert {"rounds", "new_tokens", "drafted", "accepted", "accepted_by_depth", "tokens_per_round", "prefill_ms",
-            "draft_ms", "verify_ms", "overhead_ms", "bytes_to_draft", "bytes_to_target"} == set(stats)
+    assert {
+        "rounds",
+        "new_tokens",
+        "drafted",
+        "accepted",
+        "accepted_by_depth",
+        "tokens_per_round",
+        "prefill_ms",
+        "draft_ms",
+        "verify_ms",
+        "overhead_ms",
+        "bytes_to_draft",
+        "bytes_to_target",
+    } == set(stats)
     assert stats["accepted"] == stats.accepted == sum(stats.accepted_by_depth) > 0
     assert stats.tokens_per_round == 29 / stats.rounds == dict(stats)["tokens_per_round"]
     assert stats.bytes_to_target == stats.drafted * 3 * 4

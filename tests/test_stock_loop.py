@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from hf_dovetail import DovetailAssistantModel, DovetailCandidateGenerator, TreeShape, register
 
 
-def through_the_extension_point(target: PreTrainedModel, draft: DovetailAssistantModel, **options: Any) -> tuple[Any, list[int]]:
+def through_the_extension_point(
+    target: PreTrainedModel, draft: DovetailAssistantModel, **options: Any
+) -> tuple[Any, list[int]]:
     """Run the stock loop with our candidates; returns the output and how many candidates each round had."""
     counts: list[int] = []
 
@@ -31,7 +33,9 @@ def through_the_extension_point(target: PreTrainedModel, draft: DovetailAssistan
         del target._get_candidate_generator
 
 
-def assert_chains_help(target: PreTrainedModel, draft: DovetailAssistantModel, ids: Tensor, most: int, **options: Any) -> None:
+def assert_chains_help(
+    target: PreTrainedModel, draft: DovetailAssistantModel, ids: Tensor, most: int, **options: Any
+) -> None:
     plain = tiny.run(target, ids, **options)
     stock, counts = through_the_extension_point(target, draft, ids=ids, **options)
     tiny.assert_same(plain, stock)

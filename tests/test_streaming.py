@@ -10,7 +10,14 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from hf_dovetail import DovetailAssistantModel
@@ -45,6 +52,38 @@ def test_the_streamer_gets_the_same_calls(
     assert len(ours.calls) == 1 + count + 1
 
 
+def test_processors_criteria_and_streamer_take_turns_as_in_plain_generate(
+    llama: PreTrainedModel, noisy: DovetailAssistantModel, ids: Tensor
+) -> None:
+    """Guards the order of events for one token, for callers whose callbacks share state."""
+    logs: list[list[tuple[str, int]]] = []
+    for draft in (None, noisy):
+        log: list[tuple[str, int]] = []
+        streamer = RecordingStreamer()
+        streamer.put = lambda value, log=log: log.append(("streamer", value.numel()))
+        streamer.end = lambda log=log: log.append(("end", 0))
+
+        def process(prefix: Tensor, scores: Tensor, log: list = log) -> Tensor:
+            log.append(("processor", prefix.shape[1]))
+            return scores
+
+        def stop(prefix: Tensor, scores: Any, log: list = log, **kwargs: Any) -> Tensor:
+            log.append(("criteria", prefix.shape[1]))
+            return torch.zeros(1, dtype=torch.bool)
+
+        tiny.run(
+            llama,
+            ids,
+            draft,
+            streamer=streamer,
+            logits_processor=LogitsProcessorList([process]),
+            stopping_criteria=StoppingCriteriaList([stop]),
+        )
+        logs.append(log)
+    assert logs[0] == logs[1]
+    assert len(logs[1]) == 1 + 3 * 30 + 1
+
+
 def test_a_text_streamer_in_a_thread(
     real_target: PreTrainedModel, real_draft: DovetailAssistantModel, real_tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -53,7 +92,9 @@ def test_a_text_streamer_in_a_thread(
     options = {**inputs, "max_new_tokens": 60, "do_sample": False}
     expected = real_target.generate(**options)[0, inputs.input_ids.shape[1] :]
     streamer = TextIteratorStreamer(real_tokenizer, skip_prompt=True, timeout=60)
-    thread = Thread(target=real_target.generate, kwargs={**options, "assistant_model": real_draft, "streamer": streamer})
+    thread = Thread(
+        target=real_target.generate, kwargs={**options, "assistant_model": real_draft, "streamer": streamer}
+    )
     thread.start()
     pieces = list(streamer)
     thread.join()
@@ -94,6 +135,25 @@ def test_a_conversation_goes_on_from_either_cache(kind: str, family: str) -> Non
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["noisy", "untrained"])
+def test_a_conversation_goes_on_from_its_new_tokens_alone(kind: str, family: str) -> None:
+    """Guards prompts shorter than the cache: the caller gives the new tokens, and the mask of everything."""
+    target = tiny.build(family)
+    draft, new = tiny.draft_for(target, kind), tiny.prompt(4, seed=8)
+    first = tiny.run(target, tiny.prompt())
+    whole = tiny.run(target, torch.cat((first.sequences, new), dim=1))
+    ids = torch.cat((first.sequences[:, -1:], new), dim=1)  # the cache has not seen the last token yet
+    options = {"attention_mask": torch.ones(1, 46, dtype=torch.long)}
+    outputs = [
+        tiny.run(target, ids, helper, past_key_values=copy.deepcopy(first.past_key_values), **options)
+        for helper in (None, draft)
+    ]
+    tiny.assert_same(*outputs)
+    tiny.assert_same_cache(*(output.past_key_values for output in outputs))
+    assert outputs[1].sequences[0, 5:].tolist() == whole.sequences[0, 46:].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_cache_of_the_user_is_filled_in_place(family: str, ids: Tensor) -> None:
     """Guards a cache that is passed in and read later, without return_dict_in_generate."""
     target = tiny.build(family)
@@ -107,7 +167,9 @@ def test_a_cache_of_the_user_is_filled_in_place(family: str, ids: Tensor) -> Non
     assert draft.last_stats.accepted > 0
 
 
-def test_a_cache_made_without_a_configuration_works_too(llama: PreTrainedModel, noisy: DovetailAssistantModel, ids: Tensor) -> None:
+def test_a_cache_made_without_a_configuration_works_too(
+    llama: PreTrainedModel, noisy: DovetailAssistantModel, ids: Tensor
+) -> None:
     caches = [DynamicCache(), DynamicCache()]
     plain = tiny.run(llama, ids, past_key_values=caches[0])
     ours = tiny.run(llama, ids, noisy, past_key_values=caches[1])
@@ -175,7 +237,21 @@ def test_a_target_changed_in_place_is_noticed(copied: bool, llama: PreTrainedMod
     assert before.sequences.tolist() != after.sequences.tolist()
 
 
-def test_a_deep_copy_of_the_target_is_another_target(llama: PreTrainedModel, untrained: DovetailAssistantModel, ids: Tensor) -> None:
+@pytest.mark.parametrize("kind", ["noisy", "untrained"])
+def test_inference_mode_and_back(kind: str, llama: PreTrainedModel, ids: Tensor) -> None:
+    """Guards tensors made in inference mode, which outlive the first call here."""
+    draft = tiny.draft_for(llama, kind).to(torch.bfloat16)
+    with torch.inference_mode():
+        tiny.both(llama, draft, ids)
+    tiny.both(llama, draft, ids)
+    with torch.inference_mode():
+        tiny.both(llama, draft, ids, do_sample=True)
+    assert draft.last_stats.drafted > 0
+
+
+def test_a_deep_copy_of_the_target_is_another_target(
+    llama: PreTrainedModel, untrained: DovetailAssistantModel, ids: Tensor
+) -> None:
     tiny.both(llama, untrained, ids)
     other = copy.deepcopy(llama)
     tiny.both(other, untrained, ids)

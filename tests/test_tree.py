@@ -128,10 +128,16 @@ def test_packing_keeps_the_bits_of_the_log_probabilities() -> None:
 def test_draw_shows_every_node_where_it_hangs() -> None:
     """Guards the picture of the demo."""
     tree = DraftTree(
-        torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[-1, 0, 0, 1, 3]]), torch.tensor([[0.0, 0.5, 0.25, 0.5, 0.125]]).log()
+        torch.tensor([[5, 6, 7, 8, 9]]),
+        torch.tensor([[-1, 0, 0, 1, 3]]),
+        torch.tensor([[0.0, 0.5, 0.25, 0.5, 0.125]]).log(),
     )
     assert tree.draw(decode=chr, accepted=(0, 1)).splitlines() == [
-        f"{chr(5)!r} *", f"|- {chr(6)!r}  0.50 *", f"|  `- {chr(8)!r}  0.50", f"|     `- {chr(9)!r}  0.12", f"`- {chr(7)!r}  0.25",
+        f"{chr(5)!r} *",
+        f"|- {chr(6)!r}  0.50 *",
+        f"|  `- {chr(8)!r}  0.50",
+        f"|     `- {chr(9)!r}  0.12",
+        f"`- {chr(7)!r}  0.25",
     ]
     assert DraftTree.root_only(torch.tensor([[5]])).draw() == "'5'"
 
@@ -154,7 +160,9 @@ def test_the_default_shape_is_the_papers_server_setting() -> None:
     assert TreeShape().levels == 8
 
 
-@pytest.mark.parametrize("shape", [TreeShape(), TreeShape(7, 4, 10), TreeShape(3, 9, 2), TreeShape(1, 0, 1), TreeShape(0, 5, 2)])
+@pytest.mark.parametrize(
+    "shape", [TreeShape(), TreeShape(7, 4, 10), TreeShape(3, 9, 2), TreeShape(1, 0, 1), TreeShape(0, 5, 2)]
+)
 def test_clipping_and_chains_bound_the_levels(shape: TreeShape) -> None:
     """Guards `max_new_tokens` and position limits, which clip the tree to what may still be emitted."""
     for levels in range(-1, 12):

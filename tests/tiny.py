@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,15 +22,35 @@ WINDOW = 8
 DRAFTS = ("accepting", "noisy", "untrained")
 
 _BASE: dict[str, Any] = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "initializer_range": 0.25,
-    "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0, "tie_word_embeddings": False,
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.25,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
 }
 _MIXED = ["sliding_attention", "full_attention"]
 _MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _GPT2 = {
-    "vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.25,
-    "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+    "vocab_size": VOCAB,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+    "initializer_range": 0.25,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
 }
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -53,21 +74,48 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 CHAINS: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("lfm2", _BASE | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
-    "bloom": ("bloom", {
-        "vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.25,
-        "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
-    }),
-    "llama4": ("llama4_text", _BASE | _MOE | {
-        "attention_chunk_size": 16, "num_local_experts": 2, "layer_types": ["chunked_attention", "full_attention"],
-        "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2, "num_experts_per_tok": 1, "use_qk_norm": False,
-    }),
+    "bloom": (
+        "bloom",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "initializer_range": 0.25,
+            "bos_token_id": 1,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        },
+    ),
+    "llama4": (
+        "llama4_text",
+        _BASE
+        | _MOE
+        | {
+            "attention_chunk_size": 16,
+            "num_local_experts": 2,
+            "layer_types": ["chunked_attention", "full_attention"],
+            "intermediate_size_mlp": 48,
+            "interleave_moe_layer_step": 2,
+            "num_experts_per_tok": 1,
+            "use_qk_norm": False,
+        },
+    ),
 }
 """Families that get a chain: convolutions, positions from the order of the keys, chunked attention."""
 
-STATEFUL: tuple[str, dict[str, Any]] = ("mamba", {
-    "vocab_size": VOCAB, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "eos_token_id": None,
-    "bos_token_id": 1, "pad_token_id": 0,
-})
+STATEFUL: tuple[str, dict[str, Any]] = (
+    "mamba",
+    {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "state_size": 4,
+        "num_hidden_layers": 2,
+        "eos_token_id": None,
+        "bos_token_id": 1,
+        "pad_token_id": 0,
+    },
+)
 
 
 def build(name: str, seed: int = 0, attention: str | None = None, **changes: Any) -> PreTrainedModel:
@@ -121,7 +169,7 @@ def bigram_draft(sequence: Tensor) -> DovetailAssistantModel:
     lm.model.embed_tokens.weight.copy_(torch.eye(VOCAB, width))
     lm.lm_head.weight.zero_()
     tokens = sequence[0].tolist()
-    for last, following in zip(tokens[:-1], tokens[1:], strict=True):
+    for last, following in pairwise(tokens):
         lm.lm_head.weight[following, last] += 1.0
     return _placed(DovetailAssistantModel.from_causal_lm(lm))
 
@@ -131,12 +179,17 @@ def prompt(length: int = 12, seed: int = 3) -> Tensor:
     return torch.randint(4, VOCAB, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
-def run(target: PreTrainedModel, ids: Tensor, draft: DovetailAssistantModel | None = None, seed: int = 5, **options: Any) -> Any:
+def run(
+    target: PreTrainedModel, ids: Tensor, draft: DovetailAssistantModel | None = None, seed: int = 5, **options: Any
+) -> Any:
     """One seeded call of generate with everything it can return."""
     extra = {} if draft is None else {"assistant_model": draft}
     settings = {
-        "do_sample": False, "max_new_tokens": 30, "return_dict_in_generate": True,
-        "output_scores": True, "output_logits": True,
+        "do_sample": False,
+        "max_new_tokens": 30,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "output_logits": True,
     }
     torch.manual_seed(seed)
     return target.generate(ids, **{**settings, **extra, **options})
