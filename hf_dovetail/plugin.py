@@ -108,6 +108,9 @@ class DovetailCandidateGenerator(CandidateGenerator):
         chain = self.propose(shape)[:, 0].to(input_ids)
         return torch.cat((input_ids, chain), dim=1), None
 
+    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: Tensor, num_matches: int) -> None:
+        """Nothing to adapt; older transformers call it after each round."""
+
 
 class TokenSelector:
     """Plain decoding's choice of the next token, and all that follows from it: scores, streamer, criteria.

@@ -272,7 +272,7 @@ def test_caches_that_cannot_be_taken_back_are_refused(
 ) -> None:
     static = StaticCache(config=llama.config, max_cache_len=64)
     refuse(llama, noisy, "StaticCache", past_key_values=static)
-    refuse(llama, noisy, "DynamicCache", past_key_values=DynamicCache(config=llama.config, offloading=True))
+    refuse(llama, noisy, "DynamicCache", past_key_values=tiny.offloaded(llama.config))
     tiny.both(llama, noisy, ids, past_key_values=None)
 
 

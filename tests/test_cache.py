@@ -145,7 +145,7 @@ def test_only_plain_attention_caches_can_branch() -> None:
     config = config_of("gemma2")
     assert can_branch(DynamicCache(config=config))
     assert not can_branch(DynamicCache(config=config_of("lfm2")))
-    assert not can_branch(DynamicCache(config=config, offloading=True))
+    assert not can_branch(tiny.offloaded(config))
     assert not can_branch(StaticCache(config=config, max_cache_len=8))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
 
@@ -225,6 +225,13 @@ def assert_same_cache(plain: Any, ours: Any) -> None:
     assert [type(layer) for layer in ours.layers] == [type(layer) for layer in plain.layers]
     for expected, found in zip(cache_states(plain), cache_states(ours), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
+
+
+def offloaded(config: Any) -> DynamicCache:
+    """A cache that says it offloads; making a real one needs a GPU with some builds of torch."""
+    cache = DynamicCache(config=config)
+    cache.offloading = True
+    return cache
 
 
 def call_log(log: list[Any]) -> Callable[[Tensor, Tensor], Tensor]:
