@@ -16,7 +16,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    DynamicCache,
     PreTrainedModel,
     StaticCache,
     StoppingCriteriaList,
