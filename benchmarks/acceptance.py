@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import humaneval_prompts, write
+from common import Tally, humaneval_prompts, write
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,21 +30,23 @@ def measure(
     **sampling: Any,
 ) -> dict[str, Any]:
     """Tokens per round over all prompts together, and the share of rounds that accept each depth."""
-    rounds, tokens, by_depth = 0, 0, []
+    tally = Tally()
     for prompt in tqdm(prompts, leave=False):
         torch.manual_seed(0)
         inputs = tokenizer(prompt, return_tensors="pt")
         target.generate(**inputs, assistant_model=draft, max_new_tokens=max_new_tokens, **sampling)
-        stats = draft.last_stats
-        rounds, tokens = rounds + stats.rounds, tokens + stats.new_tokens - 1
-        by_depth += [0] * (len(stats.accepted_by_depth) - len(by_depth))
-        by_depth = [a + b for a, b in zip(by_depth, stats.accepted_by_depth + [0] * len(by_depth), strict=False)]
-    return {
-        "prompts": len(prompts),
-        "rounds": rounds,
-        "tokens_per_round": round(tokens / rounds, 3),
-        "acceptance_by_depth": [round(count / rounds, 3) for count in by_depth],
-    }
+        tally.add(draft.last_stats)
+    return tally.result()
+
+
+@torch.no_grad()
+def random_draft(target: PreTrainedModel, blocks: int) -> DovetailAssistantModel:
+    """A draft that knows nothing: not even the start values of training, which pass the feature through."""
+    draft = DovetailAssistantModel.from_target(target, num_hidden_layers=blocks)
+    for parameter in draft.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=parameter.shape[0] ** -0.5)
+    return draft
 
 
 def main() -> None:
@@ -59,7 +61,7 @@ def main() -> None:
         draft = DovetailAssistantModel.from_pretrained(arguments.draft, dtype=torch.float32)
     torch.manual_seed(0)
     controls = {
-        "random_weights": DovetailAssistantModel.from_target(target, num_hidden_layers=draft.config.num_hidden_layers),
+        "random_weights": random_draft(target, draft.config.num_hidden_layers),
         "target_itself": DovetailAssistantModel.from_causal_lm(target),
     }
     prompts, length = humaneval_prompts()[: arguments.prompts], arguments.max_new_tokens

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,28 @@ def humaneval_prompts() -> list[str]:
 
 def story_prompts() -> list[str]:
     """Story openings for the models under ../shared/models."""
-    rows = [
-        json.loads(line) for line in (SHARED / "data/prompts/stories.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    return [row["turns"][0] for row in rows]
+    return [turns[0] for turns in _jsonl(SHARED / "data/prompts/stories.jsonl", "turns")]
 
 
-def _jsonl(path: Path, key: str) -> list[str]:
+class Tally:
+    """Sums what several calls report: rounds, tokens, and the share of rounds that accept each depth."""
+
+    def __init__(self) -> None:
+        self.answers, self.rounds, self.tokens, self.by_depth = 0, 0, 0, Counter()
+
+    def add(self, stats: hf_dovetail.GenerationStats) -> None:
+        self.answers += 1
+        self.rounds += stats.rounds
+        self.tokens += stats.new_tokens - 1  # the prefill's token is no round's
+        self.by_depth.update(dict(enumerate(stats.accepted_by_depth)))
+
+    def result(self) -> dict[str, Any]:
+        shares = [round(self.by_depth[depth] / self.rounds, 3) for depth in sorted(self.by_depth)]
+        rate = round(self.tokens / self.rounds, 3)
+        return {"answers": self.answers, "rounds": self.rounds, "tokens_per_round": rate, "acceptance_by_depth": shares}
+
+
+def _jsonl(path: Path, key: str) -> list[Any]:
     return [json.loads(line)[key] for line in path.read_text(encoding="utf-8").splitlines()]
 
 

@@ -14,7 +14,7 @@ import math
 from typing import Any
 
 import torch
-from common import SHARED, humaneval_prompts, story_prompts, write
+from common import SHARED, Tally, humaneval_prompts, story_prompts, write
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -41,7 +41,7 @@ def compare(
     sampling: dict[str, Any],
 ) -> dict[str, Any]:
     """Both answers to every prompt, under the same seed."""
-    differences, new_tokens, rounds = [], 0, 0
+    differences, tally = [], Tally()
     for index, prompt in enumerate(tqdm(prompts, leave=False)):
         inputs = tokenizer(prompt, return_tensors="pt")
         options = {"max_new_tokens": length, "return_dict_in_generate": True, "output_logits": True, **sampling}
@@ -49,17 +49,11 @@ def compare(
         plain = target.generate(**inputs, **options)
         torch.manual_seed(index)
         assisted = target.generate(**inputs, **options, assistant_model=draft)
-        new_tokens += draft.last_stats.new_tokens
-        rounds += draft.last_stats.rounds
+        tally.add(draft.last_stats)
         if not torch.equal(plain.sequences, assisted.sequences):
             differences.append({"prompt": index, **explain(plain, assisted, inputs.input_ids.shape[1])})
-    return {
-        "tried": len(prompts),
-        "identical": len(prompts) - len(differences),
-        "new_tokens": new_tokens,
-        "tokens_per_round": round((new_tokens - len(prompts)) / rounds, 2),
-        "differences": differences,
-    }
+    identical = len(prompts) - len(differences)
+    return {"tried": len(prompts), "identical": identical, **tally.result(), "differences": differences}
 
 
 def explain(plain: Any, assisted: Any, prompt_length: int) -> dict[str, Any]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+
+from .recipe import Recipe, option_help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -14,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         print(f"hf-dovetail: {error}", file=sys.stderr)
         return 2
     return 0
@@ -49,12 +52,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    """One option for each number in the recipe, with the recipe's own defaults."""
-    from .train import Recipe
-
+    """One option for each number in the recipe, with the recipe's own defaults and words."""
+    words = option_help()
     for field in fields(Recipe):
         if isinstance(field.default, int | float | str):
-            parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+            parser.add_argument(
+                f"--{field.name.replace('_', '-')}",
+                type=type(field.default),
+                default=field.default,
+                help=f"{words[field.name]} (default: %(default)s)",
+            )
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -63,7 +70,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     if arguments.repeats < 1:
         raise ValueError(f"--repeats is {arguments.repeats}; expected at least 1")
     target, draft, tokenizer = load_pair()
-    prompt = arguments.prompt or demo_prompts()[0]
+    prompt = demo_prompts()[0] if arguments.prompt is None else arguments.prompt
     result = run_demo(target, draft, tokenizer, prompt, arguments.max_new_tokens, arguments.repeats)
     print(result.text, end="\n\n")
     print(report(result, target, draft, tokenizer))
@@ -74,9 +81,9 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     from .modeling import DovetailAssistantModel
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.target)
+    tokenizer = AutoTokenizer.from_pretrained(_existing(arguments.target))
     target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype="auto")
-    draft = DovetailAssistantModel.from_pretrained(arguments.draft, dtype="auto")
+    draft = DovetailAssistantModel.from_pretrained(_existing(arguments.draft), dtype="auto")
     inputs = tokenizer(arguments.prompt, return_tensors="pt")
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     target.generate(**inputs, assistant_model=draft, max_new_tokens=arguments.max_new_tokens, streamer=streamer)
@@ -84,20 +91,30 @@ def _generate(arguments: argparse.Namespace) -> None:
     print(f"{stats.new_tokens} tokens, {stats.tokens_per_round:.2f} per round", file=sys.stderr)
 
 
+def _existing(name: str) -> str:
+    """A folder or the name of a model; a path that is not there gets an error of its own."""
+    if os.sep in name and not os.path.exists(name) and (name.startswith((os.sep, ".")) or name.count(os.sep) > 1):
+        raise ValueError(f"there is no folder {name}")
+    return name
+
+
 def _train(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .modeling import DovetailAssistantModel
-    from .train import Recipe, read_texts, token_stream, train_draft
+    from .train import read_texts, token_stream, train_draft
 
     names = {field.name for field in fields(Recipe)} & set(vars(arguments))
     recipe = Recipe(**{name: getattr(arguments, name) for name in names})
-    tokenizer = AutoTokenizer.from_pretrained(arguments.target)
+    tokenizer = AutoTokenizer.from_pretrained(_existing(arguments.target))
     target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype="auto")
     stream = token_stream(tokenizer, read_texts(arguments.data))
+    if len(stream) < recipe.window:
+        raise ValueError(f"the text has {len(stream)} tokens; expected at least one window of {recipe.window}")
     windows = stream[: len(stream) // recipe.window * recipe.window].view(-1, recipe.window)
     draft = DovetailAssistantModel.from_target(target, num_hidden_layers=arguments.blocks).float()
     train_draft(draft, target, windows, recipe, arguments.out, tokenizer)
+    draft.to(target.dtype).save_pretrained(arguments.out)
     print(f"the draft is in {arguments.out}")
 
 

@@ -5,6 +5,7 @@ This module knows numbers and names only: no weights, no devices, no generation.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +114,16 @@ class DovetailConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.feature_layers is None:
             self.feature_layers = [-1] if self.fusion == "dgf" else []
+        if self.fusion == "dgf" and self.feature_layers != [-1]:
+            raise ValueError(f"feature_layers is {self.feature_layers}; DGF reads [-1], the LM head's input")
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as saved. A pipeline looks for its assistant's class inside transformers, by these names."""
+        saved = super().to_dict()
+        if saved.get("architectures"):
+            saved["architectures"] = [saved["architectures"][0], "AutoModelForCausalLM"]
+        return saved
 
     @classmethod
     def for_target(cls, target: PreTrainedConfig, num_hidden_layers: int, fusion: str) -> DovetailConfig:
@@ -159,12 +169,19 @@ def describe_target(target: PreTrainedConfig) -> dict[str, Any]:
     """The fields of a draft's configuration that record its target."""
     text = target.get_text_config(decoder=True)
     return {
-        "target_name": target.name_or_path or None,
+        "target_name": _public_name(target.name_or_path),
         "target_type": text.model_type,
         "target_hidden_size": text.hidden_size,
         "target_vocab_size": text.vocab_size,
         **{name: getattr(text, name, None) for name in _SPECIAL_TOKENS},
     }
+
+
+def _public_name(name_or_path: str | None) -> str | None:
+    """A model's name; of a folder only its last part, since the rest belongs to this machine."""
+    if name_or_path and os.path.isdir(name_or_path):
+        return os.path.basename(os.path.abspath(name_or_path))
+    return name_or_path or None
 
 
 def _intermediate_size(text: PreTrainedConfig) -> int:

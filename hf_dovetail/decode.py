@@ -28,7 +28,7 @@ class GenerationStats(Mapping):
         rounds: forward passes of the target after prefill.
         new_tokens: tokens in the answer.
         drafted: nodes proposed in all rounds.
-        accepted: proposed nodes that the answer kept.
+        accepted: proposed nodes that the answer kept; a round's last token always counts as its bonus token.
         accepted_by_depth: rounds that kept a node at depth 1, 2, ...
         prefill_ms, draft_ms, verify_ms, overhead_ms: wall time; overhead is everything else in the call.
         bytes_to_draft, bytes_to_target: data handed from one model to the other (over the link, where the two
@@ -70,15 +70,17 @@ class GenerationStats(Mapping):
     def clock(self, name: str) -> Iterator[None]:
         """Add the wall time of a block to `name`."""
         begin = time.perf_counter()
-        yield
-        setattr(self, name, getattr(self, name) + 1e3 * (time.perf_counter() - begin))
+        try:
+            yield
+        finally:
+            setattr(self, name, getattr(self, name) + 1e3 * (time.perf_counter() - begin))
 
     def count(self, tree: DraftTree, accepted: Accepted) -> None:
         """Enter one round."""
         self.rounds += 1
         self.new_tokens += len(accepted.tokens)
         self.drafted += tree.num_nodes
-        kept = len(accepted.tokens) - 1
+        kept = accepted.drafted
         self.accepted += kept
         self.accepted_by_depth += [0] * (kept - len(self.accepted_by_depth))
         for depth in range(kept):
@@ -86,7 +88,7 @@ class GenerationStats(Mapping):
 
 
 class Drafter(Protocol):
-    """What the loop asks of a draft: a `DraftSession`, or something in its place."""
+    """What the loop asks of the draft's side (`plugin.DovetailCandidateGenerator`)."""
 
     device: torch.device
     reads_features: bool

@@ -47,7 +47,7 @@ class DemoResult:
         identical: whether Dovetail's answer is plain decoding's, token for token.
         plain_s, dovetail_s: median wall time of an answer.
         stats: of the last Dovetail answer.
-        fullest: the round that accepted most.
+        fullest: the round that accepted most; None if the prefill's token was the whole answer.
     """
 
     text: str
@@ -55,7 +55,7 @@ class DemoResult:
     plain_s: float
     dovetail_s: float
     stats: GenerationStats
-    fullest: Round
+    fullest: Round | None
 
 
 def run_demo(
@@ -67,6 +67,8 @@ def run_demo(
     repeats: int,
 ) -> DemoResult:
     """Decode one prompt plainly and with Dovetail, in turns, `repeats` times each after a warm-up."""
+    if not prompt:
+        raise ValueError("the prompt is empty; give some text to continue")
     inputs = tokenizer(prompt, return_tensors="pt").to(target.device)
     rounds: list[Round] = []
     draft.watch = rounds.append
@@ -86,7 +88,7 @@ def run_demo(
         plain_s=statistics.median(plain_s),
         dovetail_s=statistics.median(dovetail_s),
         stats=draft.last_stats,
-        fullest=max(rounds, key=lambda r: len(r.accepted.tokens)),
+        fullest=max(rounds, key=lambda r: len(r.accepted.tokens), default=None),
     )
 
 
@@ -106,22 +108,27 @@ def report(
         f"{name} {100 * getattr(stats, f'{name}_ms') / total:.0f} %"
         for name in ("prefill", "draft", "verify", "overhead")
     )
-    fullest = result.fullest
     same = "yes, token for token" if result.identical else "NO - please report this"
     speedup = result.plain_s / result.dovetail_s
-    return "\n".join(
-        [
-            f"target   {_describe(target)}",
-            f"draft    {_describe(draft)}",
-            f"plain    {stats.new_tokens / result.plain_s:7.1f} tokens/s",
-            f"dovetail {stats.new_tokens / result.dovetail_s:7.1f} tokens/s  ({speedup:.2f} x plain)",
-            f"identical output: {same} ({stats.new_tokens} tokens)",
-            f"tokens per round: {stats.tokens_per_round:.2f} in {stats.rounds} rounds of {draft.tree.nodes} nodes",
-            f"time: {split}",
-            "the tree of the fullest round (* accepted, with the draft's probability of the path):",
-            fullest.tree.draw(lambda token: tokenizer.decode([token]), fullest.accepted.path[1:]),
-        ]
-    )
+    nodes = f" of {stats.drafted / stats.rounds:.1f} nodes" if stats.rounds else ""
+    lines = [
+        f"target   {_describe(target)}",
+        f"draft    {_describe(draft)}",
+        f"plain    {stats.new_tokens / result.plain_s:7.1f} tokens/s",
+        f"dovetail {stats.new_tokens / result.dovetail_s:7.1f} tokens/s  ({speedup:.2f} x plain)",
+        f"identical output: {same} ({stats.new_tokens} tokens)",
+        f"tokens per round: {stats.tokens_per_round:.2f} in {stats.rounds} rounds{nodes}",
+        f"time: {split}",
+    ]
+    if draft.device == target.device:
+        lines.append(
+            "(the draft shares the target's device here; it pays with a larger target, or on a GPU of its own)"
+        )
+    if result.fullest is not None:
+        lines.append("the tree of the fullest round (* accepted, with the draft's probability of the path):")
+        accepted = result.fullest.accepted.path[1:]
+        lines.append(result.fullest.tree.draw(lambda token: tokenizer.decode([token]), accepted))
+    return "\n".join(lines)
 
 
 def _describe(model: PreTrainedModel) -> str:

@@ -80,9 +80,12 @@ class DraftSession:
         return self._draft(tokens, features, self._start + slots, mask, self._cache)
 
     def _expand(self, hidden: Tensor, shape: TreeShape) -> Candidates:
-        """All candidates of the tree: `top_k` children of the root, then of the `top_k` best nodes per level."""
+        """All candidates of the tree: `top_k` children of the root, then of the `top_k` best nodes per level.
+
+        A node that `nodes` others of its level beat cannot be kept, so no level is wider than `nodes`.
+        """
         held = self._cache.length
-        scores, tokens = self._best(hidden, shape.top_k)  # (1, 1, k) each: children of the root
+        scores, tokens = self._best(hidden, min(shape.top_k, shape.nodes))  # (1, 1, k) each: children of the root
         width = scores.shape[-1]
         scores, tokens = scores[:, 0], tokens[:, 0]  # (1, k): the frontier
         hidden = hidden.expand(-1, width, -1)
@@ -95,6 +98,8 @@ class DraftSession:
             gains, children = self._best(hidden, width)  # (1, k, k)
             totals = (scores.unsqueeze(-1) + gains).flatten(1)
             found.append((children.flatten(1), frontier.repeat_interleave(width, dim=1), totals))
+            if level == shape.levels - 1:
+                break
             scores, best = totals.topk(width, dim=-1)
             rows = best // width  # which frontier node each new frontier node descends from
             tokens = children.flatten(1).gather(1, best)
@@ -109,6 +114,7 @@ class DraftSession:
     def _best(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Log-probabilities and tokens of the `count` likeliest continuations of each row, (1, T, count)."""
         log_probs = self._draft.logits(hidden).log_softmax(dim=-1)
+        log_probs = log_probs.nan_to_num(nan=float("-inf"))  # an overflow costs acceptance, not the answer
         return log_probs.topk(min(count, log_probs.shape[-1]), dim=-1)
 
     def _level_mask(self, ancestry: Tensor, slots: Tensor, held: int) -> Tensor | dict:

@@ -25,7 +25,7 @@ ENGINES: dict[str, Engine] = {"eager": _eager}
 
 
 def prepare_target(model: PreTrainedModel, engine: str = "auto", vram_budget: str | None = None) -> PreTrainedModel:
-    """Make a target faster in place, and return it.
+    """Choose how a target's layers run, and return the target. This version has one engine: the layers as they are.
 
     Args:
         model: the target.

@@ -21,7 +21,15 @@ from .attention import BranchingMask, why_not_branching
 from .cache import GrowingCache, num_cache_layers
 from .config import DovetailConfig, TreeShape
 from .register import model_is_ready
-from .weights import SharedWeights, check_evaluating, check_finite, check_fits, check_loaded, save_tokenizer
+from .weights import (
+    SharedWeights,
+    check_evaluating,
+    check_finite,
+    check_fits,
+    check_is_draft,
+    check_loaded,
+    save_tokenizer,
+)
 
 
 class DynamicGatingFusion(nn.Module):
@@ -54,6 +62,7 @@ class DovetailAssistantModel(PreTrainedModel):
         tree: the `TreeShape` of a round.
         last_stats: `GenerationStats` of the last call, or None.
         watch: called with each `decode.Round` of a call, or None.
+        tokenizer_source: folder or name of the tokenizer that `save_pretrained` saves beside the draft, or None.
     """
 
     config_class = DovetailConfig
@@ -68,6 +77,7 @@ class DovetailAssistantModel(PreTrainedModel):
         self.draft_device: str | torch.device = "auto"
         self.last_stats: Any = None
         self.watch: Callable[[Any], None] | None = None
+        self.tokenizer_source: str | None = config.name_or_path or None
         self._tree = TreeShape()
         self._shared: SharedWeights | None = None
         if config.fusion == "none":
@@ -100,6 +110,8 @@ class DovetailAssistantModel(PreTrainedModel):
         """
         if target.config.is_encoder_decoder:
             raise ValueError(f"{type(target).__name__} is an encoder-decoder; Dovetail drafts for decoder-only targets")
+        if isinstance(target, cls):
+            raise ValueError("this target is itself a Dovetail draft; give the model that it drafts for")
         config = DovetailConfig.for_target(target.config, num_hidden_layers, fusion)
         if config.fusion == "none":
             raise ValueError(
@@ -107,6 +119,7 @@ class DovetailAssistantModel(PreTrainedModel):
             )
         draft = cls(config)
         draft.reset_parameters()
+        draft.tokenizer_source = target.name_or_path
         return draft.to(target.dtype).eval()
 
     @classmethod
@@ -116,12 +129,15 @@ class DovetailAssistantModel(PreTrainedModel):
         Raises:
             ValueError: if `lm` cannot compute branches in one forward pass, or is in training mode.
         """
+        if isinstance(lm, cls):
+            raise ValueError("this model is a Dovetail draft already; pass it to generate as assistant_model")
         reason = why_not_branching(lm)
         if reason:
             raise ValueError(f"this model cannot draft a tree: {reason}")
         check_evaluating(lm)
         draft = cls(DovetailConfig.for_causal_lm(lm.config), lm=lm)
         draft.training = False  # not eval(): the model is the caller's
+        draft.tokenizer_source = lm.name_or_path
         return draft
 
     @torch.no_grad()
@@ -162,7 +178,7 @@ class DovetailAssistantModel(PreTrainedModel):
 
         Raises:
             ValueError: if the draft does not fit the target, its own weights were never loaded, or it is a causal
-                LM in training mode.
+                LM (or has dropout) in training mode.
         """
         check_fits(self.config, target)
         if not self.reads_features:
@@ -170,6 +186,8 @@ class DovetailAssistantModel(PreTrainedModel):
             if self.lm is not target:  # a target that drafts for itself stays where it is
                 self._place()
             return self.device
+        if self.config.attention_dropout:
+            check_evaluating(self)
         if self._shared is None:
             check_finite(self)
         self._place()
@@ -236,7 +254,8 @@ class DovetailAssistantModel(PreTrainedModel):
             logits = self.lm.get_output_embeddings()(hidden).float()
         else:
             logits = F.linear(hidden, self._weights.head, self._weights.bias).float()
-        logits, cap = logits * self.config.logit_scale, self.config.final_logit_softcapping
+        scale, cap = self.config.logit_scale, self.config.final_logit_softcapping
+        logits = logits if scale == 1.0 else logits * scale
         return cap * torch.tanh(logits / cap) if cap else logits
 
     @property
@@ -258,6 +277,7 @@ class DovetailAssistantModel(PreTrainedModel):
             OSError: if the checkpoint's file is damaged.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        check_is_draft(str(pretrained_model_name_or_path), kwargs)
         try:
             draft, info = super().from_pretrained(
                 pretrained_model_name_or_path,
@@ -274,26 +294,39 @@ class DovetailAssistantModel(PreTrainedModel):
         draft.eval()
         return (draft, info) if wants_info else draft
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
         """Write config, weights (safetensors) and the target's tokenizer, if it can be found locally."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        # A pipeline looks for its assistant's class inside transformers, by these names.
-        saved = DovetailConfig.from_pretrained(save_directory)
-        saved.architectures = [type(self).__name__, "AutoModelForCausalLM"]
-        saved.save_pretrained(save_directory)
-        names = [self.config.name_or_path, self.config.target_name]
-        save_tokenizer(names if self.reads_features else [self.lm.name_or_path, *names], save_directory)
+        if is_main_process:
+            save_tokenizer(self.tokenizer_source, save_directory)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device that `device` names; "auto" is the accelerator if there is one, else the CPU."""
-    if device != "auto":
+    """The device that `device` names; "auto" is the accelerator if there is one, else the CPU.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if device == "auto":
+        device = accelerator or torch.device("cpu")
+    try:
         device = torch.device(device)
-    else:
-        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if device.type != "cpu" and device.index is None:
-        device = torch.device(device.type, torch.accelerator.current_device_index())
-    return device
+    except RuntimeError as error:
+        raise ValueError(f"draft_device is {device!r}; expected auto, cpu, or a device such as cuda:1") from error
+    if device.type == "cpu" or accelerator is None or device.type != accelerator.type:
+        found = "no accelerator" if accelerator is None else f"a device of type {accelerator.type}"
+        if device.type not in ("cpu", "meta"):
+            raise ValueError(f"draft_device is {str(device)!r}, but torch finds {found} on this machine")
+        return device
+    if (device.index or 0) >= torch.accelerator.device_count():
+        raise ValueError(
+            f"draft_device is {str(device)!r}; this machine has {torch.accelerator.device_count()} of them"
+        )
+    index = torch.accelerator.current_device_index() if device.index is None else device.index
+    return torch.device(device.type, index)
 
 
 def _lm_config(config: DovetailConfig) -> Any:

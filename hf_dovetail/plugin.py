@@ -196,15 +196,20 @@ def dovetail_decoding(
     Raises:
         ValueError: for input that cannot be decoded with a draft, saying what was given and what to do.
     """
-    _check_inputs(input_ids, generation_config, model_kwargs, synced_gpus)
+    _check_inputs(target, input_ids, generation_config, model_kwargs, synced_gpus)
+    stats = GenerationStats()
     if _changes_rope(target, input_ids.shape[1], generation_config.max_length):
         logger.warning(
             "this answer may cross the length at which %s changes its RoPE; it is decoded plainly",
             type(target).__name__,
         )
-        return target._sample(
+        answer = target._sample(
             input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **model_kwargs
         )
+        sequences = answer.sequences if generation_config.return_dict_in_generate else answer
+        stats.new_tokens = sequences.shape[1] - input_ids.shape[1]
+        assistant_model.last_stats = stats
+        return answer
     selector = TokenSelector(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     context = Context(
         cache=model_kwargs["past_key_values"],
@@ -214,17 +219,20 @@ def dovetail_decoding(
         max_length=generation_config.max_length,
         options={k: v for k, v in model_kwargs.items() if k not in _PREPARED and v is not None},
     )
-    shape, stats = assistant_model.tree, GenerationStats()
+    shape = assistant_model.tree
     drafter = DovetailCandidateGenerator(assistant_model, target, input_ids.shape[1] + shape.nodes)
 
     def prefill(cache: Any) -> Any:
         return target._prefill(input_ids, generation_config, {**model_kwargs, "past_key_values": cache})
 
-    assistant_model.last_stats = stats
     tap = FeatureTap(target, drafter.reads_features and shape.nodes > 0)
     verifier = open_target(target, context, tap, shape.nodes)
-    with verifier:
-        decode(verifier, drafter, input_ids, prefill, selector, selector.remaining, shape, stats, assistant_model.watch)
+    try:
+        with verifier:
+            watch = assistant_model.watch
+            decode(verifier, drafter, input_ids, prefill, selector, selector.remaining, shape, stats, watch)
+    finally:
+        assistant_model.last_stats = stats
     if streamer is not None:
         streamer.end()
     keeps_cache = generation_config.return_dict_in_generate or getattr(context.cache, "_is_user_defined", False)
@@ -236,7 +244,13 @@ def dovetail_decoding(
     )
 
 
-def _check_inputs(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any], synced_gpus: bool) -> None:
+def _check_inputs(
+    target: PreTrainedModel,
+    input_ids: Tensor,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    synced_gpus: bool,
+) -> None:
     """Refuse inputs that cannot be decoded with a draft."""
     rows, length = input_ids.shape
     if rows != 1:
@@ -252,6 +266,10 @@ def _check_inputs(input_ids: Tensor, config: GenerationConfig, model_kwargs: dic
     if not model_kwargs.get("use_cache") or model_kwargs.get("past_key_values") is None:
         raise ValueError(
             "Dovetail needs the target's key/value cache; pass use_cache=True, or leave out assistant_model"
+        )
+    if target.training and any(getattr(module, "gradient_checkpointing", False) for module in target.modules()):
+        raise ValueError(
+            "gradient checkpointing turns the target's cache off in training mode; call target.eval() first"
         )
     if synced_gpus:
         raise ValueError("synced_gpus=True is not supported with a Dovetail draft; leave out assistant_model")

@@ -22,7 +22,7 @@ logger = logging.get_logger(__name__)
 TESTED_TYPES = frozenset(
     (
         *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "olmo2"),
-        *("granite", "cohere", "mixtral", "qwen3_moe"),
+        *("granite", "cohere", "cohere2", "mixtral", "qwen3_moe"),
     )
 )
 _PREFIX = 6
@@ -36,6 +36,8 @@ def branches_rightly(model: PreTrainedModel) -> bool:
     """Whether one forward pass over branches gives the logits of a pass over each branch alone."""
     if model.config.get_text_config(decoder=True).model_type in TESTED_TYPES:
         return True
+    if model.training:  # dropout would decide, and draw from the answer's random generator
+        return False
     if model not in _verdicts:
         _verdicts[model] = _try(model)
         logger.info("%s %s branches", type(model).__name__, "computes" if _verdicts[model] else "does not compute")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -79,9 +80,11 @@ class FeatureTap:
         if not self._enabled:
             return forward(), None
         taken: list[Tensor] = []
+        owner = get_ident()
 
         def take(module: object, inputs: object, output: Any) -> None:
-            taken.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+            if get_ident() == owner:  # other threads may run the same model
+                taken.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
 
         handle = self._decoder.register_forward_hook(take)
         try:

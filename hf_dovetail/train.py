@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -22,60 +23,10 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .modeling import DovetailAssistantModel
+from .recipe import Recipe
+from .target import FeatureTap
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a draft is trained.
-
-    Args:
-        steps: optimizer steps.
-        batch: windows per step.
-        window: tokens per window.
-        learning_rate: peak of AdamW, after a linear warm-up and before a linear decay to zero.
-        warmup: steps of warm-up.
-        betas: of AdamW.
-        clip: largest norm of the gradient.
-        feature_weight: of SmoothL1 between the predicted and the target's feature.
-        distribution_weight: of the cross-entropy with the target's distribution.
-        noise: features get uniform noise of +-`noise` * 512 / `window`.
-        unroll: steps on the draft's own features; 1 is the paper's.
-        unroll_decay: weight of each further step relative to the one before.
-        precision: "no" (float32) or "bf16" (autocast).
-        seed: of data order and noise.
-        save_every: steps between checkpoints.
-
-    Raises:
-        ValueError: if a number is out of range.
-    """
-
-    steps: int = 1000
-    batch: int = 16
-    window: int = 256
-    learning_rate: float = 1e-3
-    warmup: int = 50
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 0.5
-    feature_weight: float = 1.0
-    distribution_weight: float = 0.1
-    noise: float = 0.1
-    unroll: int = 1
-    unroll_decay: float = 0.8
-    precision: str = "no"
-    seed: int = 0
-    save_every: int = 200
-
-    def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch", 1), ("window", 8), ("unroll", 1), ("save_every", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"Recipe.{name} is {getattr(self, name)}; expected at least {least}")
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step that starts after `step` finished ones."""
-        warm = min((step + 1) / max(self.warmup, 1), 1.0)
-        return self.learning_rate * warm * (1.0 - step / self.steps)
 
 
 def read_texts(paths: list[Path]) -> list[str]:
@@ -86,19 +37,30 @@ def read_texts(paths: list[Path]) -> list[str]:
     """
     texts: list[str] = []
     for path in paths:
-        if path.suffix != ".jsonl":
-            texts.append(path.read_text(encoding="utf-8"))
-            continue
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                texts.append(json.loads(line)["text"])
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f'{path}, line {number}: expected a JSON object with a "text" field ({error!r})'
-                ) from error
+        try:
+            content = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error})") from error
+        texts.extend(_json_texts(path, content) if path.suffix == ".jsonl" else [content])
     if not any(texts):
         raise ValueError(f"no text in {', '.join(map(str, paths))}; give at least one file that is not empty")
     return texts
+
+
+def _json_texts(path: Path, content: str) -> Iterator[str]:
+    """The "text" fields of JSONL; blank lines are passed over."""
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{path}, line {number}: expected a JSON object with a "text" field ({error!r})'
+            ) from error
+        if not isinstance(text, str):
+            raise ValueError(f'{path}, line {number}: "text" is {text!r}; expected a string')
+        yield text
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Tensor:
@@ -115,13 +77,8 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Tensor
 @torch.no_grad()
 def capture(target: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
     """The target's features (B, T, h), its LM head's inputs, and its logits (B, T, V) for ids (B, T)."""
-    taken: list[Tensor] = []
-    handle = target.get_decoder().register_forward_hook(lambda _m, _i, output: taken.append(output[0]))
-    try:
-        logits = target(input_ids=ids, use_cache=False).logits
-    finally:
-        handle.remove()
-    return taken[0], logits
+    output, features = FeatureTap(target, enabled=True)(lambda: target(input_ids=ids, use_cache=False))
+    return features, output.logits
 
 
 @torch.no_grad()
@@ -202,11 +159,19 @@ def _noisy(features: Tensor, recipe: Recipe, generator: torch.Generator) -> Tens
     return features + noise * (2 * recipe.noise * 512 / recipe.window)
 
 
-class _State:
-    """What a resumed run needs beside weights and optimizer; saved by accelerate."""
+class _Run:
+    """What a resumed run needs beside weights and optimizer, and what it must have in common with the first."""
 
-    def __init__(self, seed: int) -> None:
-        self.step, self.generator = 0, torch.Generator().manual_seed(seed)
+    def __init__(self, recipe: Recipe, draft: DovetailAssistantModel, windows: Tensor, out: Path) -> None:
+        self.step, self.generator = 0, torch.Generator().manual_seed(recipe.seed)
+        self.checkpoint = out / "checkpoint"
+        self.facts = {
+            "recipe": json.loads(json.dumps(asdict(recipe))),
+            "draft": {
+                k: getattr(draft.config, k) for k in ("num_hidden_layers", "hidden_size", "target_type", "vocab_size")
+            },
+            "text": {"windows": list(windows.shape), "sum": int(windows.sum())},
+        }
 
     def state_dict(self) -> dict:
         return {"step": self.step, "generator": self.generator.get_state()}
@@ -214,6 +179,33 @@ class _State:
     def load_state_dict(self, state: dict) -> None:
         self.step = state["step"]
         self.generator.set_state(state["generator"])
+
+    def save(self, accelerator: Accelerator) -> None:
+        """Write a checkpoint; an interruption leaves the one before."""
+        fresh = self.checkpoint.with_name("checkpoint.new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        accelerator.save_state(str(fresh))
+        (fresh / "run.json").write_text(json.dumps(self.facts))
+        shutil.rmtree(self.checkpoint, ignore_errors=True)
+        fresh.rename(self.checkpoint)
+
+    def resume(self, accelerator: Accelerator) -> None:
+        """Go on from the checkpoint, if there is one.
+
+        Raises:
+            ValueError: if it belongs to another run, naming what differs.
+        """
+        if not self.checkpoint.exists():
+            return
+        before = json.loads((self.checkpoint / "run.json").read_text())
+        for name, value in self.facts.items():
+            if before[name] != value:
+                raise ValueError(
+                    f"{self.checkpoint} belongs to another run: its {name} is {before[name]}, this run's is {value}; "
+                    "choose another folder, or delete the checkpoint"
+                )
+        accelerator.load_state(str(self.checkpoint))
+        logger.info("resuming after step %d", self.step)
 
 
 def train_draft(
@@ -228,77 +220,89 @@ def train_draft(
 
     Args:
         draft: a new draft, in float32.
-        target: the target it imitates; its weights do not change.
+        target: the target it imitates; it is moved to the training device, and nothing else of it changes.
         windows: (N, W) int64 ids of the training text, W at least `recipe.window`.
         recipe: how to train.
         out: folder of the checkpoint and of the finished draft.
         tokenizer: the target's, saved beside the draft.
 
     Raises:
-        ValueError: if there is too little text for one window.
-        RuntimeError: if the loss is not finite; the last checkpoint stays usable.
+        ValueError: if there is too little text for one window, or `out` holds a finished draft or another run.
+        FloatingPointError: if the loss is not finite; the last checkpoint stays usable.
     """
+    out = Path(out)
     if windows.ndim != 2 or windows.shape[1] < recipe.window or len(windows) == 0:
         raise ValueError(
-            f"the training text is of shape {tuple(windows.shape)}; expected windows of {recipe.window} tokens"
+            f"the training text is of shape {tuple(windows.shape)}; expected windows of {recipe.window} tokens, "
+            "so give more text or a smaller window"
         )
-    accelerator, state = Accelerator(mixed_precision=recipe.precision), _State(recipe.seed)
-    target = target.to(accelerator.device).eval().requires_grad_(False)
-    draft.draft_device = accelerator.device
+    if (out / "recipe.json").exists():
+        raise ValueError(f"{out} holds a finished draft; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    accelerator, run = Accelerator(mixed_precision=recipe.precision), _Run(recipe, draft, windows, out)
+    draft.draft_device, training = accelerator.device, target.training
+    target.to(accelerator.device).eval()
+    try:
+        _optimize(draft, target, windows, recipe, accelerator, run)
+    finally:
+        target.train(training)
+    return _finish(draft, recipe, run, tokenizer)
+
+
+def _optimize(
+    draft: DovetailAssistantModel,
+    target: PreTrainedModel,
+    windows: Tensor,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    run: _Run,
+) -> None:
+    """All steps that are left."""
     draft.train().meet(target)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=recipe.learning_rate, betas=recipe.betas)
-    network, optimizer = accelerator.prepare(draft, optimizer)
-    accelerator.register_for_checkpointing(state)
-    checkpoint = Path(out) / "checkpoint"
-    if checkpoint.exists():
-        accelerator.load_state(str(checkpoint))
-        logger.info("resuming after step %d", state.step)
-    bar = tqdm(
-        total=recipe.steps,
-        initial=state.step,
-        desc="training the draft",
-        unit="step",
-        disable=not accelerator.is_main_process,
-    )
-    for ids in _batches(windows, recipe, state):
+    draft, optimizer = accelerator.prepare(draft, optimizer)
+    accelerator.register_for_checkpointing(run)
+    run.resume(accelerator)
+    bar = tqdm(total=recipe.steps, initial=run.step, desc="training the draft", unit="step")
+    for ids in _batches(windows, recipe, run):
         ids = ids.to(accelerator.device)
         for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(state.step)
+            group["lr"] = recipe.rate(run.step)
         with accelerator.autocast():
             features, logits = capture(target, ids)
-            loss = draft_loss(network, ids, features, logits, recipe, state.generator)
+            loss = draft_loss(draft, ids, features, logits, recipe, run.generator)
         if not math.isfinite(loss.item()):
-            raise RuntimeError(
-                f"the loss is {loss.item()} at step {state.step}; lower learning_rate (now {recipe.learning_rate}) "
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {run.step}; lower learning_rate (now {recipe.learning_rate}) "
                 "and run again"
             )
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(draft.parameters(), recipe.clip)
         optimizer.step()
         optimizer.zero_grad()
-        state.step += 1
+        run.step += 1
         bar.update()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        if state.step % recipe.save_every == 0:
-            accelerator.save_state(str(checkpoint))
+        if run.step % recipe.save_every == 0:
+            run.save(accelerator)
     bar.close()
-    return _finish(accelerator.unwrap_model(network), recipe, Path(out), tokenizer)
 
 
-def _batches(windows: Tensor, recipe: Recipe, state: _State) -> Iterator[Tensor]:
-    """(B, W) ids of the steps that are left, drawn with the state's own generator."""
-    while state.step < recipe.steps:
-        rows = torch.randint(len(windows), (recipe.batch,), generator=state.generator)
+def _batches(windows: Tensor, recipe: Recipe, run: _Run) -> Iterator[Tensor]:
+    """(B, W) ids of the steps that are left, drawn with the run's own generator."""
+    while run.step < recipe.steps:
+        rows = torch.randint(len(windows), (recipe.batch,), generator=run.generator)
         yield windows[rows, : recipe.window].long()
 
 
 def _finish(
-    draft: DovetailAssistantModel, recipe: Recipe, out: Path, tokenizer: PreTrainedTokenizerBase | None
+    draft: DovetailAssistantModel, recipe: Recipe, run: _Run, tokenizer: PreTrainedTokenizerBase | None
 ) -> DovetailAssistantModel:
-    """Write the finished draft, the recipe and the tokenizer."""
-    draft.eval()
+    """Write the finished draft, the recipe and the tokenizer; the checkpoint has done its work."""
+    out = run.checkpoint.parent
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
-    draft.save_pretrained(out)
+    draft.eval().save_pretrained(out)
     (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
+    shutil.rmtree(run.checkpoint, ignore_errors=True)
     return draft

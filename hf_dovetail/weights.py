@@ -24,6 +24,8 @@ class SharedWeights:
     Args:
         embedding: (V, h). head: (V, h), the same tensor where the target ties them. bias: (V,) or None.
         sources: the target's own tensors (weakly) and their versions, to notice another or a changed target.
+
+    The draft keeps them until it meets another target.
     """
 
     embedding: Tensor
@@ -134,16 +136,31 @@ def check_loaded(info: dict[str, Any], source: str) -> None:
         raise ValueError(f"the weights in {source} are not those of this draft; " + "; ".join(problems))
 
 
-def save_tokenizer(sources: list[str | None], directory: str | os.PathLike) -> None:
-    """Save the tokenizer of the first source that has one on this machine beside a draft."""
+def check_is_draft(source: str, options: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another kind of model, by its configuration.
+
+    Raises:
+        ValueError: naming the model type that was found.
+    """
+    names = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
+    found, _ = DovetailConfig.get_config_dict(source, **{name: options[name] for name in names if name in options})
+    if found.get("model_type") != DovetailConfig.model_type:
+        raise ValueError(
+            f"{source} is not a Dovetail draft: its model_type is {found.get('model_type')!r}; "
+            "an ordinary language model drafts through DovetailAssistantModel.from_causal_lm(lm)"
+        )
+
+
+def save_tokenizer(source: str | None, directory: str | os.PathLike) -> None:
+    """Save the tokenizer of `source` beside a draft, unless one is there; say so if it is not on this machine."""
     if os.path.exists(os.path.join(directory, "tokenizer_config.json")):
         return
-    for source in filter(None, sources):
-        try:
+    try:
+        if source:
             AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(directory)
             return
-        except (OSError, ValueError):
-            continue
+    except (OSError, ValueError):
+        pass  # said below
     logger.warning(
         "no tokenizer found for this draft; save the target's into %s to use it in a pipeline by path", directory
     )

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 from demo_corpus import split_corpus
-from train_demo_target import encode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dovetail import DovetailAssistantModel
-from hf_dovetail.train import Recipe, continue_stream, train_draft
+from hf_dovetail.recipe import Recipe
+from hf_dovetail.train import continue_stream, token_stream, train_draft
 
 BLOCKS, OWN_WINDOWS = 2, 4096
 RECIPE = Recipe(
@@ -45,7 +45,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.target)
     target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=torch.float32)
     training, _ = split_corpus()
-    stream = encode(tokenizer, training).long()
+    stream = token_stream(tokenizer, training)
     recipe = Recipe(**{**vars(RECIPE), "steps": arguments.steps})
     written = own_text(target, stream, arguments.own_windows, recipe.window, arguments.out)
     rows = torch.randint(len(stream) - recipe.window, (4 * len(written),), generator=torch.Generator().manual_seed(1))

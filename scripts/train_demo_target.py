@@ -22,6 +22,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hf_dovetail.train import token_stream
+
 VOCAB_SIZE, CONTEXT, TOKENS_PER_STEP = 4096, 1024, 8192
 SHORT_WINDOW, SHORT_SHARE = 256, 0.75  # window of the first steps, and their share of all steps
 PEAK_LR_MATRIX, PEAK_LR_OTHER, WARMUP_SHARE, COOLDOWN_SHARE = 0.02, 3e-3, 0.02, 0.5
@@ -48,15 +50,6 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
     )
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """All texts as one stream of ids, each opened by the separator."""
-    ids: list[int] = []
-    for text in texts:
-        ids.append(tokenizer.eos_token_id)
-        ids.extend(tokenizer(text, verbose=False).input_ids)
-    return torch.tensor(ids, dtype=torch.int32)  # (stream length,)
 
 
 def new_model() -> LlamaForCausalLM:
@@ -143,7 +136,7 @@ def train(out: Path, steps: int) -> None:
     training, held_out = split_corpus()
     tokenizer = train_tokenizer(training)
     tokenizer.save_pretrained(out)
-    stream, validation = encode(tokenizer, training), encode(tokenizer, held_out)
+    stream, validation = token_stream(tokenizer, training), token_stream(tokenizer, held_out)
     model, generator, checkpoint = new_model().train(), torch.Generator().manual_seed(0), out / "checkpoint.pt"
     optims = optimizers(model)
     first = load_checkpoint(checkpoint, model, optims, generator)

@@ -310,3 +310,36 @@ def test_configurations_out_of_range_are_refused() -> None:
         DovetailConfig(fusion="mean")
     with pytest.raises(ValueError, match="causal_lm"):
         DovetailAssistantModel(DovetailConfig(fusion="none"))
+
+
+@pytest.mark.parametrize(
+    ("device", "message"), [("gpu", "draft_device is 'gpu'"), ("cuda:97", "draft_device is 'cuda:97'")]
+)
+def test_a_device_that_is_not_there(
+    device: str, message: str, llama: PreTrainedModel, noisy: DovetailAssistantModel, ids: Tensor
+) -> None:
+    noisy.draft_device = device
+    with pytest.raises(ValueError, match=message):
+        tiny.run(llama, ids, noisy)
+    noisy.draft_device = "cpu"
+    tiny.both(llama, noisy, ids)
+
+
+def test_a_draft_is_not_a_target_for_a_draft(untrained: DovetailAssistantModel) -> None:
+    for make in (DovetailAssistantModel.from_target, DovetailAssistantModel.from_causal_lm):
+        with pytest.raises(ValueError, match="Dovetail draft"):
+            make(untrained)
+
+
+def test_gradient_checkpointing_in_training_mode_is_refused(
+    llama: PreTrainedModel, noisy: DovetailAssistantModel, ids: Tensor
+) -> None:
+    llama.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match=r"gradient checkpointing .* call target.eval"):
+        tiny.run(llama.train(), ids, noisy)
+    tiny.both(llama.eval(), noisy, ids)
+
+
+def test_features_of_other_layers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"feature_layers is \[2, 4\]"):
+        DovetailConfig(feature_layers=[2, 4])

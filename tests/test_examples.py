@@ -43,6 +43,13 @@ def test_demo_reports_an_identical_answer() -> None:
         assert word in done.stdout
 
 
+def test_demo_of_a_single_token() -> None:
+    """Guards the drawing: the prefill's token can be the whole answer, without a round."""
+    done = run("-m", "hf_dovetail.cli", "demo", "--max-new-tokens", "1", "--repeats", "1")
+    assert done.returncode == 0, done.stderr
+    assert "in 0 rounds" in done.stdout
+
+
 def test_generate_streams_text(tmp_path: Path) -> None:
     from hf_dovetail.demo import pair_path
 
@@ -58,8 +65,14 @@ def test_bad_use_ends_with_one_clear_line(tmp_path: Path) -> None:
     broken.write_text(json.dumps({"text": "x = 1"}) + "\n{broken\n")
     from hf_dovetail.demo import pair_path
 
+    short, pair = tmp_path / "short.txt", str(pair_path("target"))
+    short.write_text("x = 1\n")
     cases = [
         (("demo", "--repeats", "0"), "--repeats is 0"),
+        (("demo", "--prompt", ""), "the prompt is empty"),
+        (("generate", "--target", pair, "--draft", pair, "x"), "is not a Dovetail draft: its model_type is 'llama'"),
+        (("generate", "--target", "/no/such/folder", "--draft", pair, "x"), "there is no folder /no/such/folder"),
+        (("train", "--target", pair, "--data", str(short), "--out", str(tmp_path)), "at least one window of 256"),
         (("train", "--target", str(pair_path("target")), "--data", str(broken), "--out", str(tmp_path)), "line 2"),
     ]
     for arguments, message in cases:

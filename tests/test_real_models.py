@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dovetail import DovetailAssistantModel
-from hf_dovetail.train import Recipe, token_stream, train_draft
+from hf_dovetail.recipe import Recipe
+from hf_dovetail.train import token_stream, train_draft
 
 SHARED = Path(__file__).parents[2] / "shared"
 pytestmark = pytest.mark.skipif(not SHARED.exists(), reason="../shared (models and prompts of others) is not here")

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_dovetail import DovetailAssistantModel, TreeShape
 from hf_dovetail.demo import pair_path
 from hf_dovetail.draft import DraftSession
-from hf_dovetail.train import Recipe, capture, continue_stream, draft_loss, read_texts, token_stream, train_draft
+from hf_dovetail.recipe import Recipe
+from hf_dovetail.train import capture, continue_stream, draft_loss, read_texts, token_stream, train_draft
 
 RECIPE = Recipe(steps=30, batch=8, window=64, learning_rate=3e-3, warmup=5, distribution_weight=1.0, save_every=10)
 
@@ -139,10 +140,14 @@ def test_bad_training_input(target, windows, tmp_path: Path) -> None:
         train_draft(new_draft(target), target, torch.zeros(32, 8).long(), RECIPE, tmp_path)
     with pytest.raises(ValueError, match=r"Recipe.unroll is 0"):
         Recipe(unroll=0)
+    with pytest.raises(ValueError, match=r"Recipe.unroll is 8; a window of 8 tokens has room for 4"):
+        Recipe(window=8, unroll=8)
+    with pytest.raises(ValueError, match=r"Recipe.warmup is -5"):
+        Recipe(warmup=-5)
     broken = new_draft(target)
     broken.meet(target)
     torch.nn.init.constant_(broken.fusion.W_1, float("nan"))
-    with pytest.raises(RuntimeError, match=r"loss is nan at step 0"):
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 0"):
         train_draft(broken, target, windows, RECIPE, tmp_path)
     empty, malformed = tmp_path / "empty.txt", tmp_path / "lines.jsonl"
     empty.write_text("")
@@ -151,6 +156,51 @@ def test_bad_training_input(target, windows, tmp_path: Path) -> None:
         read_texts([empty])
     with pytest.raises(ValueError, match=r"lines.jsonl, line 2"):
         read_texts([malformed])
+
+
+def test_a_folder_of_another_run_is_not_touched(target, windows, tmp_path: Path) -> None:
+    """Guards a silent resume: a finished draft, or a checkpoint with another recipe, text or number of blocks."""
+    few = replace(RECIPE, steps=2, save_every=1)
+    train_draft(new_draft(target), target, windows, few, tmp_path / "done")
+    weights = (tmp_path / "done" / "model.safetensors").read_bytes()
+    assert not (tmp_path / "done" / "checkpoint").exists()
+    with pytest.raises(ValueError, match="holds a finished draft"):
+        train_draft(new_draft(target), target, windows, few, tmp_path / "done")
+    assert (tmp_path / "done" / "model.safetensors").read_bytes() == weights
+    cut = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        train_draft(new_draft(target), _StopsAfter(target, 1), windows, few, cut)
+    other = DovetailAssistantModel.from_target(target, num_hidden_layers=2)
+    for name, arguments in (
+        ("recipe", (new_draft(target), target, windows, replace(few, learning_rate=0.5))),
+        ("draft", (other, target, windows, few)),
+        ("text", (new_draft(target), target, windows[:-1], few)),
+    ):
+        with pytest.raises(ValueError, match=f"belongs to another run: its {name} is"):
+            train_draft(*arguments, cut)
+    train_draft(new_draft(target), target, windows, few, cut)
+
+
+def test_training_leaves_the_target_as_it_was(windows, tmp_path: Path) -> None:
+    target = AutoModelForCausalLM.from_pretrained(pair_path("target"), dtype=torch.float32).train()
+    before = {name: parameter.clone() for name, parameter in target.named_parameters()}
+    train_draft(new_draft(target), target, windows, replace(RECIPE, steps=2), tmp_path)
+    assert target.training
+    assert all(parameter.requires_grad for parameter in target.parameters())
+    assert all(torch.equal(before[name], parameter) for name, parameter in target.named_parameters())
+
+
+def test_jsonl_is_read_line_by_line(tmp_path: Path) -> None:
+    """Guards `str.splitlines`, which also splits at characters that JSON leaves in its strings."""
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": "one\u2028two\u0085"}, ensure_ascii=False) + "\n\n" + '{"text": "three"}\n')
+    assert read_texts([path]) == ["one\u2028two\u0085", "three"]
+    path.write_text('{"text": 3}\n')
+    with pytest.raises(ValueError, match=r"line 1: .* expected a string"):
+        read_texts([path])
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"text.jsonl is not UTF-8"):
+        read_texts([path])
 
 
 def test_a_tree_of_a_new_draft_is_valid(target) -> None:
