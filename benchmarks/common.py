@@ -74,7 +74,7 @@ def record() -> dict[str, Any]:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return {
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "hf_dovetail", "benchmarks")),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "*.py")),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "hf_dovetail": hf_dovetail.__version__,
         "torch": torch.__version__,
