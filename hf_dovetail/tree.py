@@ -96,12 +96,12 @@ class DraftTree:
     @cached_property
     def ancestors(self) -> Tensor:
         """(B, N, N) bool: whether the column's node is the row's node or one of its ancestors."""
-        batch, size = self.tokens.shape
-        mask = np.broadcast_to(np.eye(size, dtype=bool), (batch, size, size)).copy()
-        for row, parents in zip(mask, self.parents.tolist(), strict=True):
-            for node, parent in enumerate(parents[1:], start=1):
-                row[node] |= row[parent]  # the parent's row is complete: it stands before its children
-        return torch.from_numpy(mask)
+        size = self.tokens.shape[1]
+        parents = self.parents.numpy()[:, :, None] == np.arange(size)  # (B, N, N), one-hot; the root has none
+        reach = (parents | np.eye(size, dtype=bool)).astype(np.float32)
+        for _ in range(size.bit_length()):  # each step doubles how far up a node sees
+            reach = np.minimum(reach @ reach, 1.0)
+        return torch.from_numpy(reach > 0)
 
     @cached_property
     def depths(self) -> Tensor:
@@ -109,16 +109,15 @@ class DraftTree:
         return self.ancestors.sum(dim=-1) - 1
 
     @cached_property
-    def _children(self) -> list[dict[tuple[int, int], int]]:
-        rows = zip(self.tokens.tolist(), self.parents.tolist(), strict=True)
-        return [
-            {(parent, token): node for node, (token, parent) in reversed(list(enumerate(zip(*row, strict=True))))}
-            for row in rows
-        ]
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.parents.numpy(), self.tokens.numpy()
 
     def child(self, node: int, token: int, row: int = 0) -> int | None:
-        """The child of `node` that carries `token`, or None."""
-        return self._children[row].get((node, token))
+        """The first child of `node` that carries `token`, or None."""
+        parents, tokens = self._arrays
+        matches = (parents[row] == node) & (tokens[row] == token)
+        first = int(matches.argmax())
+        return first if matches[first] else None
 
     def path(self, node: int, row: int = 0) -> list[int]:
         """The nodes from the root to `node`, both included."""
