@@ -26,6 +26,7 @@ class DraftSession:
         self._draft, self._device = draft, draft.device
         self._cache = draft.new_cache(capacity)
         self._mask = draft.mask_builder()
+        self._prunes = self._device.type == "cpu"  # elsewhere it would stop the host once a level
         self._start = 0  # position of the first row: a continued conversation starts in the middle
         self._tokens = torch.empty(1, 0, dtype=torch.long, device=self._device)
         self._features: Tensor | None = None
@@ -84,32 +85,50 @@ class DraftSession:
 
         A node that `nodes` others of its level beat cannot be kept, so no level is wider than `nodes`.
         """
-        held = self._cache.length
-        scores, tokens = self._best(hidden, min(shape.top_k, shape.nodes))  # (1, 1, k) each: children of the root
-        width = scores.shape[-1]
+        held, width = self._cache.length, min(shape.top_k, shape.nodes)
+        scores, tokens = self._best(hidden, width)  # (1, 1, k) each: children of the root
         scores, tokens = scores[:, 0], tokens[:, 0]  # (1, k): the frontier
-        hidden = hidden.expand(-1, width, -1)
-        frontier = torch.arange(width, device=self._device).unsqueeze(0)
+        frontier = torch.arange(scores.shape[1], device=self._device).unsqueeze(0)
+        hidden = hidden.expand(-1, frontier.shape[1], -1)
         found = [(tokens, torch.full_like(frontier, -1), scores)]
-        ancestry = torch.eye(width, dtype=torch.bool, device=self._device).unsqueeze(0)  # (1, k, k * level)
+        ancestry = torch.empty(1, frontier.shape[1], 0, dtype=torch.bool, device=self._device)  # (1, k, rows so far)
+        slots = torch.empty(1, 0, dtype=torch.long, device=self._device)  # of the tree's rows so far
         for level in range(1, shape.levels):
-            slots = torch.full_like(frontier, held + level - 1)
-            hidden = self._step(tokens, hidden, slots, self._level_mask(ancestry, slots, held))
-            gains, children = self._best(hidden, width)  # (1, k, k)
+            own = torch.eye(frontier.shape[1], dtype=torch.bool, device=self._device).unsqueeze(0)
+            ancestry = torch.cat((ancestry, own), dim=-1)
+            here = torch.full_like(frontier, held + level - 1)
+            slots = torch.cat((slots, here), dim=1)
+            hidden = self._step(tokens, hidden, here, self._level_mask(ancestry, here, slots, held))
+            gains, children = self._best(hidden, width)  # (1, k, w)
             totals = (scores.unsqueeze(-1) + gains).flatten(1)
-            found.append((children.flatten(1), frontier.repeat_interleave(width, dim=1), totals))
+            before = sum(part[0].shape[1] for part in found)
+            found.append((children.flatten(1), frontier.repeat_interleave(gains.shape[-1], dim=1), totals))
             if level == shape.levels - 1:
                 break
-            scores, best = totals.topk(width, dim=-1)
-            rows = best // width  # which frontier node each new frontier node descends from
+            scores, best = totals.topk(min(width, totals.shape[1]), dim=-1)
+            hopeful = self._hopeful(scores, found, shape.nodes)
+            if hopeful == 0:
+                break
+            scores, best = scores[:, :hopeful], best[:, :hopeful]
+            rows = best // gains.shape[-1]  # which frontier node each new frontier node descends from
             tokens = children.flatten(1).gather(1, best)
             hidden = hidden.gather(1, rows.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-            frontier = best + (width + (level - 1) * width * width)
-            own = torch.eye(width, dtype=torch.bool, device=self._device).unsqueeze(0)
-            ancestry = torch.cat(
-                (ancestry.gather(1, rows.unsqueeze(-1).expand(-1, -1, ancestry.shape[-1])), own), dim=-1
-            )
+            ancestry = ancestry.gather(1, rows.unsqueeze(-1).expand(-1, -1, ancestry.shape[-1]))
+            frontier = before + best
         return Candidates(*(torch.cat(parts, dim=1) for parts in zip(*found, strict=True)))
+
+    def _hopeful(self, scores: Tensor, found: list[tuple[Tensor, Tensor, Tensor]], nodes: int) -> int:
+        """How many of the next frontier's nodes, best first, can still have a child among the `nodes` best of all.
+
+        A child never beats its parent, so the tree is the same without the others.
+        """
+        if not self._prunes:
+            return scores.shape[1]
+        all_scores = torch.cat([part[2] for part in found], dim=1)
+        if all_scores.shape[1] < nodes:
+            return scores.shape[1]
+        least = all_scores.topk(nodes, dim=-1).values[:, -1:]
+        return int((scores > least).sum())
 
     def _best(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Log-probabilities and tokens of the `count` likeliest continuations of each row, (1, T, count)."""
@@ -117,10 +136,8 @@ class DraftSession:
         log_probs = log_probs.nan_to_num(nan=float("-inf"))  # an overflow costs acceptance, not the answer
         return log_probs.topk(min(count, log_probs.shape[-1]), dim=-1)
 
-    def _level_mask(self, ancestry: Tensor, slots: Tensor, held: int) -> Tensor | dict:
+    def _level_mask(self, ancestry: Tensor, here: Tensor, slots: Tensor, held: int) -> Tensor | dict:
         """The mask of one level: every committed row, and the node's own path behind them."""
-        width, in_tree = ancestry.shape[1:]
-        committed = torch.ones(1, width, held, dtype=torch.bool, device=self._device)
-        levels = torch.arange(in_tree, device=self._device).unsqueeze(0) // width
-        keys = torch.cat((torch.arange(held, device=self._device).unsqueeze(0), held + levels), dim=1)
-        return self._mask(torch.cat((committed, ancestry), dim=-1), slots, keys)
+        committed = torch.ones(1, ancestry.shape[1], held, dtype=torch.bool, device=self._device)
+        keys = torch.cat((torch.arange(held, device=self._device).unsqueeze(0), slots), dim=1)
+        return self._mask(torch.cat((committed, ancestry), dim=-1), here, keys)

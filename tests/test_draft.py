@@ -146,12 +146,19 @@ def test_a_session_that_starts_in_the_middle_counts_positions_from_there() -> No
 
 
 def test_growing_happens_on_the_device_in_one_packed_tensor(monkeypatch: Any) -> None:
-    """Guards the one copy per round: no tensor is read by the host while a tree grows."""
+    """Guards the one copy per round: on an accelerator no tensor is read by the host while a tree grows."""
     target, draft = made("dgf", "llama")
     ids = tiny.prompt(9)
-    session = DraftSession(draft)
-    session.begin(ids[:, :1], 0)
-    session.commit(ids[:, 1:], features_of(target, ids)[:, :8])
+    session, pruning = DraftSession(draft), DraftSession(draft)
+    session._prunes = False  # as on an accelerator
+    for each in (session, pruning):
+        each.begin(ids[:, :1], 0)
+        each.commit(ids[:, 1:], features_of(target, ids)[:, :8])
+    rows: list[int] = []
+    step = pruning._step
+    monkeypatch.setattr(pruning, "_step", lambda tokens, *args: rows.append(tokens.shape[1]) or step(tokens, *args))
+    pruned = pruning.grow(TreeShape(10, 3, 4))
+    assert sum(rows) < 8 + 3 * 4, "nothing was pruned"
 
     def forbidden(*args: object) -> None:
         raise AssertionError("the host read a tensor")
@@ -162,6 +169,9 @@ def test_growing_happens_on_the_device_in_one_packed_tensor(monkeypatch: Any) ->
     monkeypatch.undo()
     assert packed.shape == (1, 3, 10)
     assert packed.dtype == torch.int32
+    assert torch.equal(packed[:, :2], pruned[:, :2])  # tokens and parents
+    log_probs = [tree[:, 2].contiguous().view(torch.float32) for tree in (packed, pruned)]
+    torch.testing.assert_close(*log_probs)
 
 
 @pytest.mark.parametrize("case", ["fresh", "padded", "continued", "chunked"])
