@@ -122,7 +122,7 @@ def report(
     ]
     if draft.device == target.device:
         lines.append(
-            "(the draft shares the target's device here; it pays with a larger target, or on a GPU of its own)"
+            "(the draft works on the target's own device here; the method is made for a large target and a GPU draft)"
         )
     if result.fullest is not None:
         lines.append("the tree of the fullest round (* accepted, with the draft's probability of the path):")
