@@ -52,9 +52,8 @@ def main() -> None:
     read = torch.stack([stream[s : s + recipe.window] for s in rows])
     windows = torch.cat((written.repeat(2, 1), read))  # a third is the target's own
     draft = DovetailAssistantModel.from_target(target, num_hidden_layers=arguments.blocks)
-    train_draft(draft, target, windows, recipe, arguments.out, tokenizer).to(torch.bfloat16).save_pretrained(
-        arguments.out
-    )
+    train_draft(draft, target, windows, recipe, arguments.out, tokenizer)
+    draft.to(torch.bfloat16).save_pretrained(arguments.out)
 
 
 def own_text(target: AutoModelForCausalLM, stream: torch.Tensor, count: int, window: int, out: Path) -> torch.Tensor:
