@@ -202,3 +202,30 @@ def test_every_tree_of_an_answer_is_drafted_from_the_answer_so_far(kind: str, fa
         known += len(turn.accepted.tokens)
     assert known == answer.shape[1]
     assert draft.last_stats.accepted > 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [TreeShape(4, 7, 4), TreeShape(8, 7, 6), TreeShape(16, 7, 10)])
+def test_pruning_on_the_cpu_leaves_the_same_tree(shape: TreeShape) -> None:
+    """Guards the bound of `_hopeful`: a node dropped too early costs its descendants their place."""
+    target = tiny.build("llama")
+    target.lm_head.weight.mul_(4.0)  # as sure as trained models are: trees become deep
+    draft = tiny.draft_for(target, "accepting")
+    depths, saved = set(), 0
+    for seed in range(20):
+        ids, trees, rows = tiny.prompt(10, seed=seed), [], []
+        for prunes in (True, False):
+            session = DraftSession(draft)
+            session._prunes = prunes
+            session.begin(ids[:, :1], 0)
+            session.commit(ids[:, 1:], None)
+            step, widths = session._step, []
+            session._step = lambda t, *rest, step=step, widths=widths: widths.append(t.shape[1]) or step(t, *rest)
+            trees.append(DraftTree.unpack(ids[:, -1:], session.grow(shape)))
+            rows.append(sum(widths))
+        assert trees[0].tokens.tolist() == trees[1].tokens.tolist()
+        assert trees[0].parents.tolist() == trees[1].parents.tolist()
+        depths.add(int(trees[0].depths.max()))
+        saved += rows[1] - rows[0]
+    assert saved > 0
+    assert len(depths) > 1

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import tiny
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -46,11 +45,20 @@ def test_an_answer_inside_an_answer_keeps_the_outer_statistics(
     assert noisy.last_stats.new_tokens == 9
 
 
-@torch.no_grad()
 def test_a_draft_that_overflows_costs_acceptance_only(llama: PreTrainedModel, ids: Tensor) -> None:
-    """Guards the tree against NaN, which sorts before every number and would keep children without their parent."""
+    """Guards the tree against NaN below sound parents: it sorts before every number, so a child would stay alone."""
     draft = tiny.draft_for(llama, "untrained")
     tiny.both(llama, draft, ids)
-    draft.fusion.W_1.fill_(float("inf"))
+    sound, broken = draft.logits, []
+
+    def overflowing(hidden: Tensor) -> Tensor:
+        logits = sound(hidden)
+        if hidden.shape[1] > 1:  # a level below the first
+            broken.append(True)
+            logits[:, 1:] = float("nan")
+        return logits
+
+    draft.logits = overflowing
     tiny.both(llama, draft, ids)
+    assert broken
     assert draft.last_stats.drafted > 0
