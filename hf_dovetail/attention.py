@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .grouped import NAME as _GROUPED
+
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-_IMPLEMENTATIONS = ("eager", "sdpa")
+_IMPLEMENTATIONS = ("eager", "sdpa", _GROUPED)
 
 
 class BranchingMask:
@@ -28,7 +30,7 @@ class BranchingMask:
         if reason:
             raise ValueError(reason)
         text = model.config.get_text_config(decoder=True)
-        self._additive = text._attn_implementation == "eager"
+        self._additive = text._attn_implementation != "sdpa"
         self._dtype = model.dtype
         self._layer_types = sorted(set(getattr(text, "layer_types", None) or ()))
         self._window = getattr(text, "sliding_window", None)
@@ -51,7 +53,7 @@ class BranchingMask:
         return {_FULL: full, _SLIDING: sliding} if self._layer_types else sliding
 
     def _finish(self, allowed: Tensor) -> Tensor:
-        """(B, 1, T, K): bool for sdpa; 0 and the dtype's minimum, to be added, for eager attention."""
+        """(B, 1, T, K): bool for sdpa; 0 and the dtype's minimum, to be added, for the others."""
         allowed = allowed.unsqueeze(1)
         if not self._additive:
             return allowed

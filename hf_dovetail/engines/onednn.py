@@ -1,0 +1,137 @@
+"""Linear layers with weights prepacked for oneDNN, in bf16 and fp32: the same numbers, read at memory speed.
+
+A row's result does not depend, bit for bit, on how many rows are computed with it: rows are padded to a number
+from which on this machine's kernels agree, found by trying (`least_rows`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .swap import Swap
+
+MOST_ROWS = 32  # rows of a verification pass, root included; beyond it lies prompt processing
+_DTYPES = (torch.bfloat16, torch.float32)
+_BLOCKS = (64, 48, 32, 16, 8)  # output channels side by side in oneDNN's layouts
+_GROUPS = (1, 2, 4)  # input channels side by side within
+
+
+class OneDnnKernel:
+    """One weight matrix in oneDNN's blocked layout.
+
+    Args:
+        weight: (N, K) bf16 or fp32.
+    """
+
+    lossless = True
+
+    def __init__(self, weight: Tensor) -> None:
+        self.shape, self.dtype = weight.shape, weight.dtype
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        self._rows = _row_view(self._packed, weight)
+        self._least = least_rows(self._packed, weight.shape, weight.dtype)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether single rows can be read (`lookup`)."""
+        return self._rows is not None
+
+    def linear(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., K) to (..., N)."""
+        count = rows.numel() // self.shape[1]
+        if count >= self._least or count == 0:
+            return _product(rows, self._packed, bias)
+        padded = rows.new_zeros(self._least, self.shape[1])
+        padded[:count] = rows.reshape(count, -1)
+        return _product(padded, self._packed, bias)[:count].view(*rows.shape[:-1], self.shape[0])
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """(...) int64 to (..., K): rows of the matrix, read out of the blocks."""
+        block = self._rows.shape[2]
+        return self._rows[ids // block, :, ids % block, :].reshape(*ids.shape, self.shape[1])
+
+    def dense(self) -> Tensor:
+        """The matrix (N, K), bit for bit."""
+        return self._packed.to_dense()
+
+
+def why_not(model: PreTrainedModel) -> str | None:
+    """Why this engine cannot take the model, or None."""
+    if not torch.backends.mkldnn.is_available():
+        return "this build of torch has no oneDNN"
+    if model.dtype not in _DTYPES:
+        return f"its weights are {model.dtype}, not bfloat16 or float32"
+    if model.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "this CPU has no bfloat16 instructions"
+    return None
+
+
+def prepare(model: PreTrainedModel) -> Swap:
+    """Pack every linear weight of the model, in place; the LM head that is the embedding too stays one matrix."""
+    swap = Swap()
+    swap.pack(model, pack)
+    return swap
+
+
+def pack(name: str, weight: Tensor, is_embedding: bool) -> OneDnnKernel | None:
+    """The kernel of one weight, or None if it must stay as it is."""
+    if weight.dtype not in _DTYPES or weight.device.type != "cpu" or weight.numel() == 0:
+        return None
+    kernel = OneDnnKernel(weight)
+    return kernel if kernel.has_rows or not is_embedding else None
+
+
+def _product(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(rows, packed, bias, "none", [], "")
+
+
+_TRIED_VALUES = 1 << 15
+_LEAST_ROWS: dict[tuple[torch.Size, torch.dtype], int] = {}
+
+
+def least_rows(packed: Tensor, shape: torch.Size, dtype: torch.dtype) -> int:
+    """The number of rows from which on a row's result is the same, up to `MOST_ROWS`; never 1.
+
+    Found by trying on random rows: 2 where only the one-row kernel differs, `MOST_ROWS` on CPUs whose kernel
+    changes on the way (AMX). The order of the sums depends on the sizes, not on the data; rounding to bf16 hides
+    most differences, so narrow matrices are tried several times.
+    """
+    if (shape, dtype) not in _LEAST_ROWS:
+        generator = torch.Generator().manual_seed(0)
+        tries = min(max(_TRIED_VALUES // shape[0], 1), 16)
+        rows = torch.randn(tries, MOST_ROWS, shape[1], generator=generator).to(dtype)
+        results, least = [_product(batch, packed, None) for batch in rows], MOST_ROWS
+        while least > 2 and all(
+            torch.equal(_product(batch[: least - 1], packed, None), result[: least - 1])
+            for batch, result in zip(rows, results, strict=True)
+        ):
+            least -= 1
+        _LEAST_ROWS[shape, dtype] = least
+    return _LEAST_ROWS[shape, dtype]
+
+
+def _row_view(packed: Tensor, weight: Tensor) -> Tensor | None:
+    """(blocks, K / group, block, group) view of the packed memory, or None if it has another layout.
+
+    oneDNN does not promise a layout, so the view is compared with rows of the matrix itself.
+    """
+    outputs, inputs = weight.shape
+    size = torch.ops.mkldnn._nbytes(packed) // weight.itemsize
+    memory = (ctypes.c_char * (size * weight.itemsize)).from_address(torch.ops.mkldnn.data_ptr(packed))
+    flat = torch.frombuffer(memory, dtype=weight.dtype)
+    sample = torch.arange(0, outputs, max(outputs // 67, 1))
+    for block in _BLOCKS:
+        blocks = math.ceil(outputs / block)
+        for group in _GROUPS:
+            if size != blocks * block * inputs or inputs % group:
+                continue
+            view = flat.view(blocks, inputs // group, block, group)
+            rows = view[sample // block, :, sample % block, :].reshape(len(sample), inputs)
+            if torch.equal(rows, weight[sample]):
+                return view
+    return None

@@ -1,0 +1,110 @@
+"""Puts packed weights in the place of a model's linear weights, one at a time, and the original ones back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..packed import Kernel, PackedWeight
+
+Pack = Callable[[str, Tensor, bool], Kernel | None]
+"""Packs the weight of a name, which may also be an embedding's (last argument); None leaves it as it is."""
+
+
+@dataclass(frozen=True)
+class _Swapped:
+    """A parameter (emptied meanwhile), the modules that have it as their `weight`, and its kernel."""
+
+    original: nn.Parameter
+    owners: tuple[nn.Module, ...]
+    kernel: Kernel
+
+    def undo(self) -> None:
+        self.original.data = self.kernel.dense()
+        for module in self.owners:
+            module.weight = self.original
+
+
+class Swap:
+    """The weights of one model that are packed at present. At no time are two copies of all weights in memory."""
+
+    def __init__(self) -> None:
+        self._swapped: list[_Swapped] = []
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    @torch.no_grad()
+    def pack(self, model: PreTrainedModel, pack: Pack) -> int:
+        """Pack every linear weight that `pack` takes; return how many. A failure leaves the model as it was."""
+        try:
+            for name, owners in _linear_weights(model).items():
+                original = owners[0].weight
+                tied = any(isinstance(module, nn.Embedding) for module in owners)
+                kernel = pack(name, original.detach(), tied)
+                if kernel is None:
+                    continue
+                self._swapped.append(_Swapped(original, owners, kernel))
+                packed = nn.Parameter(PackedWeight(kernel), requires_grad=False)
+                for module in owners:
+                    module.weight = packed
+                original.data = original.new_empty(0)
+        except BaseException:
+            self.undo()
+            raise
+        self._hooks.append(model.register_state_dict_post_hook(_unpack_state))
+        return len(self._swapped)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether `undo` gives back the very weights."""
+        return all(swapped.kernel.lossless for swapped in self._swapped)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Give the modules their own parameters back, bit for bit where the kernels are lossless."""
+        while self._swapped:
+            self._swapped.pop().undo()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+
+def _linear_weights(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
+    """The plain parameters that are weights of `nn.Linear` modules, by name, each with all modules that share it.
+
+    A parameter that is also something else than a linear or an embedding weight is left out.
+    """
+    owners: dict[int, list[nn.Module]] = {}
+    names: dict[int, str] = {}
+    uses: dict[int, int] = {}
+    for path, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+            if attribute == "weight" and isinstance(module, nn.Linear | nn.Embedding):
+                owners.setdefault(id(parameter), []).append(module)
+                if type(module) is nn.Linear and type(parameter) is nn.Parameter and parameter.layout == torch.strided:
+                    names.setdefault(id(parameter), f"{path}.weight")
+    return {name: tuple(owners[key]) for key, name in names.items() if uses[key] == len(owners[key])}
+
+
+def _unpack_state(module: nn.Module, state: dict, prefix: str, metadata: object) -> None:
+    """A prepared model's `state_dict` holds ordinary tensors, tied ones once.
+
+    Raises:
+        RuntimeError: if the weights cannot be given back as they were.
+    """
+    dense: dict[int, Tensor] = {}
+    for name, value in state.items():
+        if not isinstance(value, PackedWeight):
+            continue
+        if not value.kernel.lossless:
+            raise RuntimeError(
+                f"{name} is quantised, and saving it would save a changed model; call "
+                "hf_dovetail.restore_target(model) first"
+            )
+        if id(value.kernel) not in dense:
+            dense[id(value.kernel)] = value.kernel.dense()
+        state[name] = dense[id(value.kernel)]

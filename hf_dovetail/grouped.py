@@ -1,0 +1,87 @@
+"""Attention of few rows over many keys on the CPU, without repeating grouped keys and values.
+
+transformers copies each key and value once per query head before a pass with a mask. Here the query heads of a group
+become further rows of one head, and two batched products and a float32 softmax do the rest: the arithmetic of
+transformers' eager attention, for one row and for a tree alike, faster than sdpa (`benchmarks/attention.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "dovetail_sdpa"
+_MOST_ROWS = 64
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface.
+
+    Args:
+        query: (B, H, T, D). key, value: (B, G, S, D), H a multiple of G. attention_mask: (B, 1, T, S) bool or
+            additive, or None.
+
+    Returns:
+        (B, T, H, D) and None.
+    """
+    batch, heads, rows, width = query.shape
+    groups, keys = key.shape[1], key.shape[2]
+    branches = rows == 1 or attention_mask is not None
+    few = heads != groups and rows <= _MOST_ROWS and branches and not dropout
+    if not few or query.device.type != "cpu" or query.requires_grad:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
+    folded = query.reshape(batch * groups, -1, width)  # (B G, H/G T, D)
+    key, value = (states.reshape(batch * groups, keys, -1) for states in (key, value))
+    scale = width**-0.5 if scaling is None else scaling
+    bias = _bias(attention_mask, folded, keys, heads // groups)
+    scores = torch.baddbmm(bias, folded, key.transpose(1, 2), beta=0 if attention_mask is None else 1, alpha=scale)
+    shares = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.bmm(shares, value).view(batch, heads, rows, -1).transpose(1, 2).contiguous(), None
+
+
+def _bias(mask: Tensor | None, folded: Tensor, keys: int, share: int) -> Tensor:
+    """(B G, H/G T, S) to be added to the scores: the mask for each of the heads that a group's rows come from."""
+    if mask is None:
+        return folded.new_empty(1)  # not read
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=folded.dtype).masked_fill_(~mask, torch.finfo(folded.dtype).min)
+    batch, rows = mask.shape[0], mask.shape[2]
+    groups = folded.shape[0] // batch
+    mask = mask[..., :keys].unsqueeze(1).expand(batch, groups, share, rows, keys)
+    return mask.reshape(batch * groups, share * rows, keys)
+
+
+def switch_on(model: PreTrainedModel) -> str | None:
+    """Let a model that uses sdpa use grouped attention; returns what it used before, or None if nothing changed."""
+    text = model.config.get_text_config(decoder=True)
+    before = text._attn_implementation
+    heads, groups = getattr(text, "num_attention_heads", 0), getattr(text, "num_key_value_heads", None)
+    if before != "sdpa" or groups in (None, heads):
+        return None
+    AttentionInterface.register(NAME, grouped_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    try:
+        model.set_attn_implementation(NAME)
+    except ValueError:  # a model that does not take attention from outside
+        return None
+    return before
+
+
+def switch_off(model: PreTrainedModel, before: str | None) -> None:
+    """Give the model its own attention back."""
+    if before is not None:
+        model.set_attn_implementation(before)

@@ -1,0 +1,266 @@
+"""Engines: the same model on faster layers, in place, reversible, and still an ordinary model."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, pipeline
+
+from hf_dovetail import DovetailAssistantModel, prepare_target, restore_target
+from hf_dovetail.demo import demo_prompts, load_pair, pair_path
+from hf_dovetail.engines import engine_of
+from hf_dovetail.engines.onednn import MOST_ROWS, OneDnnKernel, why_not
+from hf_dovetail.packed import PackedWeight
+
+PRECISIONS = (torch.float32, torch.bfloat16)
+ENGINE = "onednn"
+pytestmark = pytest.mark.skipif(why_not(tiny.build("llama")) is not None, reason="oneDNN is not in this build of torch")
+
+
+def load_target(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The demo target: grouped-query attention, and an LM head that is the embedding matrix too."""
+    return AutoModelForCausalLM.from_pretrained(pair_path("target"), dtype=dtype)
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def packed_names(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if isinstance(parameter, PackedWeight)}
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_a_row_does_not_depend_on_how_many_rows_there_are(dtype: torch.dtype) -> None:
+    """Every shape of the demo model, of a 1 B Llama's small projections, and odd ones."""
+    shapes = {tuple(m.weight.shape) for m in load_target(dtype).modules() if isinstance(m, nn.Linear)}
+    for outputs, inputs in [*sorted(shapes), (512, 2048), (2048, 2048), (1000, 96), (101, 32), (7, 33)]:
+        kernel = OneDnnKernel(torch.randn(outputs, inputs).to(dtype))
+        rows = torch.randn(MOST_ROWS, inputs).to(dtype)
+        together = kernel.linear(rows, None)
+        for count in range(1, MOST_ROWS):
+            first = kernel.linear(rows[None, :count], None)[0]
+            assert torch.equal(first, together[:count]), f"{outputs}x{inputs}: {count} rows"
+            last = kernel.linear(rows[-count:], None)
+            assert torch.equal(last, together[-count:]), f"{outputs}x{inputs}: the last {count} rows"
+        assert not torch.equal(together[0], together[1])
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("shape", [(4096, 192), (1000, 96), (101, 32), (7, 6), (1, 1)])
+def test_a_packed_matrix_gives_its_rows_and_itself_back(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    weight, bias = torch.randn(shape).to(dtype), torch.randn(shape[0]).to(dtype)
+    kernel = OneDnnKernel(weight)
+    assert torch.equal(kernel.dense(), weight)
+    rows = torch.randn(2, 3, shape[1]).to(dtype)
+    expected = torch.nn.functional.linear(rows.double(), weight.double(), bias.double())
+    error = (kernel.linear(rows, bias).double() - expected).abs().max()
+    assert error < (1e-4 if dtype == torch.float32 else 0.2)
+    assert kernel.linear(rows[:, :0], bias).shape == (2, 0, shape[0])
+    if kernel.has_rows:
+        ids = torch.randint(shape[0], (2, 5))
+        assert torch.equal(kernel.lookup(ids), weight[ids])
+
+
+def test_rows_of_a_tied_embedding_can_be_read_on_this_machine() -> None:
+    """Otherwise the LM head of tied models would stay slow, silently."""
+    for dtype in PRECISIONS:
+        assert OneDnnKernel(torch.randn(4096, 192).to(dtype)).has_rows
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_prepare_and_restore_leave_the_model_as_it_was(dtype: torch.dtype) -> None:
+    model = load_target(dtype)
+    before, parameters = weights(model), dict(model.named_parameters())
+    modules, ids, size = dict(model.named_modules()), torch.arange(1, 40).unsqueeze(0), model.num_parameters()
+    with torch.no_grad():
+        logits = model(ids).logits
+    assert prepare_target(model, engine=ENGINE) is model
+    assert engine_of(model) == ENGINE
+    assert len(packed_names(model)) == 8 * 7 + 1  # eight layers, and the embedding that is the LM head
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert dict(model.named_modules()) == modules
+    assert model.num_parameters() == size
+    assert (model.dtype, model.device) == (dtype, torch.device("cpu"))
+    with torch.no_grad():
+        faster = model(ids).logits
+    assert (faster - logits).abs().max() < (1e-3 if dtype == torch.float32 else 0.5)
+    prepare_target(model, engine=ENGINE)  # a second time changes nothing
+    restore_target(restore_target(model))
+    assert engine_of(model) == "eager"
+    assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in parameters.items()}
+    after = weights(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, logits)
+
+
+def test_a_prepared_model_is_saved_and_copied_like_any_other(tmp_path: Path) -> None:
+    model = load_target()
+    before, answer = weights(model), model.generate(tiny.prompt(), max_new_tokens=12, do_sample=False)
+    prepare_target(model, engine=ENGINE)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size < 1.05 * 4 * model.num_parameters()  # tied weights once
+    buffer = io.BytesIO(pickle.dumps(model))
+    for other in (AutoModelForCausalLM.from_pretrained(tmp_path), copy.deepcopy(model), pickle.load(buffer)):
+        assert engine_of(other) == "eager"
+        assert not packed_names(other)
+        assert other.lm_head.weight is other.get_input_embeddings().weight
+        assert all(torch.equal(before[name], tensor) for name, tensor in weights(other).items())
+        assert torch.equal(other.generate(tiny.prompt(), max_new_tokens=12, do_sample=False), answer)
+        other.to(torch.bfloat16)
+    assert engine_of(model) == ENGINE
+
+
+def test_what_would_break_a_prepared_model_is_refused_and_loses_nothing() -> None:
+    model = prepare_target(load_target(), engine=ENGINE)
+    logits = model(tiny.prompt()).logits
+    for change in (
+        lambda: model.to(torch.bfloat16),
+        lambda: model.half(),
+        lambda: model.load_state_dict(load_target().state_dict()),
+        lambda: nn.init.zeros_(model.lm_head.weight),
+    ):
+        with pytest.raises(RuntimeError, match="restore_target"):
+            change()
+        assert torch.equal(model(tiny.prompt()).logits, logits)
+    assert model.to("cpu").to(torch.float32) is model  # what a pipeline does
+    restore_target(model).to(torch.bfloat16)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_hooks_pipelines_and_gradients_work_on_a_prepared_model() -> None:
+    model, seen = load_target(), []
+    model.model.layers[3].mlp.up_proj.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    embeddings = torch.randn(1, 5, model.config.hidden_size, requires_grad=True)
+    model(inputs_embeds=embeddings).logits[0, -1, 7].backward()
+    expected, embeddings.grad = embeddings.grad, None
+    prepare_target(model, engine=ENGINE)
+    model(inputs_embeds=embeddings).logits[0, -1, 7].backward()
+    assert torch.allclose(embeddings.grad, expected, atol=1e-5)
+    assert expected.abs().max() > 0
+    assert len(seen) == 2
+    _, _, tokenizer = load_pair()
+    text = pipeline("text-generation", model=model, tokenizer=tokenizer)("def add(", max_new_tokens=4, do_sample=False)
+    assert text[0]["generated_text"].startswith("def add(")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma3", "phi3", "mistral", "qwen2-sliding", "cohere"])
+@pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True, "temperature": 0.9}])
+def test_dovetail_on_a_prepared_target_is_plain_generate_on_it(family: str, sampling: dict) -> None:
+    model = prepare_target(tiny.build(family), engine=ENGINE)
+    assert packed_names(model)
+    draft = tiny.draft_for(model, "noisy")
+    plain, ours = tiny.both(model, draft, tiny.prompt(), max_new_tokens=24, **sampling)
+    tiny.assert_same(plain, ours)
+    assert 0 < draft.last_stats.accepted < draft.last_stats.drafted
+
+
+def test_the_draft_follows_its_target_from_engine_to_engine() -> None:
+    target, draft, tokenizer = load_pair()
+    draft.draft_device = "cpu"
+    inputs = tokenizer(demo_prompts()[1], return_tensors="pt")
+    plain = target.generate(**inputs, max_new_tokens=40, do_sample=False)
+    rates = []
+    for engine in ("eager", ENGINE, "eager"):
+        prepare_target(target, engine=engine)
+        assert torch.equal(target.generate(**inputs, max_new_tokens=40, do_sample=False, assistant_model=draft), plain)
+        rates.append(draft.last_stats.tokens_per_round)
+    assert min(rates) > 1.5
+
+
+def test_a_target_can_draft_for_itself_while_prepared() -> None:
+    target, _, tokenizer = load_pair()
+    prepare_target(target, engine=ENGINE)
+    draft = DovetailAssistantModel.from_causal_lm(target)
+    inputs = tokenizer(demo_prompts()[0], return_tensors="pt")
+    plain = target.generate(**inputs, max_new_tokens=24, do_sample=False)
+    assert torch.equal(target.generate(**inputs, max_new_tokens=24, do_sample=False, assistant_model=draft), plain)
+    assert draft.last_stats.tokens_per_round > 3
+
+
+@pytest.mark.parametrize(
+    ("engine", "change", "message"),
+    [
+        ("warp", lambda model: model, "auto, eager or one of onednn"),
+        (ENGINE, lambda model: model.half(), "float16, not bfloat16 or float32"),
+        (ENGINE, lambda model: model.to("meta"), "on meta, not on the CPU"),
+    ],
+)
+def test_an_engine_that_cannot_take_a_model_says_why(engine: str, change: object, message: str) -> None:
+    model = change(tiny.build("llama"))
+    with pytest.raises(ValueError, match=message):
+        prepare_target(model, engine=engine)
+    assert not packed_names(model)
+    assert engine_of(prepare_target(model, "auto" if model.dtype == torch.float16 else "eager")) == "eager"
+
+
+def test_a_quantised_target_is_left_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny.build("llama")
+    model.config.quantization_config = {"quant_method": "torchao"}
+    with caplog.at_level("INFO", logger="hf_dovetail"):
+        prepare_target(model)
+    assert engine_of(model) == "eager"
+    assert "quantised already" in caplog.text
+    assert not packed_names(model)
+    plain, ours = tiny.both(model, tiny.draft_for(model, "noisy"), tiny.prompt(), max_new_tokens=8)
+    tiny.assert_same(plain, ours)
+
+
+def test_a_failure_on_the_way_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_target()
+    before, made = weights(model), []
+
+    def failing(self: OneDnnKernel, weight: torch.Tensor) -> None:
+        made.append(weight.shape)
+        if len(made) == 5:
+            raise MemoryError("no memory for the fifth")
+        plain(self, weight)
+
+    plain = OneDnnKernel.__init__
+    monkeypatch.setattr(OneDnnKernel, "__init__", failing)
+    with pytest.raises(MemoryError):
+        prepare_target(model, engine=ENGINE)
+    assert engine_of(model) == "eager"
+    assert not packed_names(model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(model).items())
+
+
+_PEAK = """
+import re, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from hf_dovetail import prepare_target
+def status(field):
+    return int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+torch.set_default_dtype(torch.bfloat16)
+def llama(layers):
+    heads = dict(num_attention_heads=16, num_key_value_heads=4, tie_word_embeddings=True)
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=8000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers, **heads)
+    )
+prepare_target(llama(1))  # oneDNN compiles a kernel for each number of rows, about 0.1 GB whatever the model
+model = llama(14)
+size, before = sum(p.nbytes for p in model.parameters()), status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+prepare_target(model)
+print(size, status("VmRSS") - before, status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_never_holds_two_copies_of_the_weights() -> None:
+    output = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True, check=True).stdout
+    size, kept, peak = (int(word) for word in output.split()[-3:])
+    assert size > 300 << 20
+    assert kept <= peak
+    assert peak < 0.15 * size
