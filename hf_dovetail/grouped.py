@@ -1,8 +1,8 @@
 """Attention of few rows over many keys on the CPU, without repeating grouped keys and values.
 
 transformers copies each key and value once per query head before a pass with a mask. Here the query heads of a group
-become further rows of one head, and two batched products and a float32 softmax do the rest: the arithmetic of
-transformers' eager attention, for one row and for a tree alike, faster than sdpa (`benchmarks/attention.py`).
+become further rows of one head, and two batched products with a softmax between them do the rest: the arithmetic
+of transformers' eager attention, for one row and for a tree alike, faster than sdpa (`benchmarks/attention.py`).
 """
 
 from __future__ import annotations
@@ -49,8 +49,7 @@ def grouped_attention(
     scale = width**-0.5 if scaling is None else scaling
     bias = _bias(attention_mask, folded, keys, heads // groups)
     scores = torch.baddbmm(bias, folded, key.transpose(1, 2), beta=0 if attention_mask is None else 1, alpha=scale)
-    shares = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return torch.bmm(shares, value).view(batch, heads, rows, -1).transpose(1, 2).contiguous(), None
+    return torch.bmm(scores.softmax(dim=-1), value).view(batch, heads, rows, -1).transpose(1, 2).contiguous(), None
 
 
 def _bias(mask: Tensor | None, folded: Tensor, keys: int, share: int) -> Tensor:

@@ -30,13 +30,15 @@ PEAK_LR_MATRIX, PEAK_LR_OTHER, WARMUP_SHARE, COOLDOWN_SHARE = 0.02, 3e-3, 0.02, 
 SAVE_EVERY_STEPS = 100
 
 
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of `VOCAB_SIZE` entries."""
+def train_tokenizer(
+    texts: list[str], vocab_size: int = VOCAB_SIZE, max_length: int = CONTEXT
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of `vocab_size` entries, for a model of `max_length` positions."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=[SEPARATOR],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -47,7 +49,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         bos_token=SEPARATOR,
         eos_token=SEPARATOR,
         pad_token=SEPARATOR,
-        model_max_length=CONTEXT,
+        model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )
 

@@ -46,6 +46,8 @@ class OneDnnKernel:
         count = rows.numel() // self.shape[1]
         if count >= self._least or count == 0:
             return _product(rows, self._packed, bias)
+        if count == 1 and self._least == 2 and rows.ndim > 1:
+            return _product(torch.cat((rows, rows), dim=-2), self._packed, bias)[..., :1, :]
         padded = rows.new_zeros(self._least, self.shape[1])
         padded[:count] = rows.reshape(count, -1)
         return _product(padded, self._packed, bias)[:count].view(*rows.shape[:-1], self.shape[0])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..packed import Kernel, PackedWeight
+
+_MADV_PAGEOUT = 21  # <asm-generic/mman-common.h>
 
 Pack = Callable[[str, Tensor, bool], Kernel | None]
 """Packs the weight of a name, which may also be an embedding's (last argument); None leaves it as it is."""
@@ -39,6 +44,7 @@ class Swap:
     @torch.no_grad()
     def pack(self, model: PreTrainedModel, pack: Pack) -> int:
         """Pack every linear weight that `pack` takes; return how many. A failure leaves the model as it was."""
+        files = _mapped_files()
         try:
             for name, owners in _linear_weights(model).items():
                 original = owners[0].weight
@@ -50,6 +56,7 @@ class Swap:
                 packed = nn.Parameter(PackedWeight(kernel), requires_grad=False)
                 for module in owners:
                     module.weight = packed
+                _forget_pages(original, files)
                 original.data = original.new_empty(0)
         except BaseException:
             self.undo()
@@ -88,6 +95,28 @@ def _linear_weights(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
                 if type(module) is nn.Linear and type(parameter) is nn.Parameter and parameter.layout == torch.strided:
                     names.setdefault(id(parameter), f"{path}.weight")
     return {name: tuple(owners[key]) for key, name in names.items() if uses[key] == len(owners[key])}
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Address ranges that are mapped from files, where the system tells (Linux)."""
+    if not sys.platform.startswith("linux"):
+        return []
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        lines = [line.split(maxsplit=5) for line in maps]
+    ranges = [line[0].split("-") for line in lines if len(line) == 6 and line[5].startswith("/")]
+    return [(int(begin, 16), int(end, 16)) for begin, end in ranges]
+
+
+def _forget_pages(weight: Tensor, files: list[tuple[int, int]]) -> None:
+    """Let the system take back the pages of a weight that is a view of its checkpoint's file.
+
+    transformers maps safetensors files, and the mapping outlives the weight: its pages would count as a second copy
+    of the model. `MADV_PAGEOUT` discards nothing; a page that is needed again is read again.
+    """
+    begin, end = weight.data_ptr(), weight.data_ptr() + weight.nbytes
+    if any(first <= begin and end <= last for first, last in files):
+        begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(max(end - begin, 0)), _MADV_PAGEOUT)
 
 
 def _unpack_state(module: nn.Module, state: dict, prefix: str, metadata: object) -> None:
