@@ -17,7 +17,8 @@ from common import Tally, humaneval_prompts, write
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_dovetail import DovetailAssistantModel
+from hf_dovetail import DovetailAssistantModel, TreeShape
+from hf_dovetail.bench.rows import randomised
 from hf_dovetail.demo import load_pair
 
 
@@ -39,16 +40,6 @@ def measure(
     return tally.result()
 
 
-@torch.no_grad()
-def random_draft(target: PreTrainedModel, blocks: int) -> DovetailAssistantModel:
-    """A draft that knows nothing: not even the start values of training, which pass the feature through."""
-    draft = DovetailAssistantModel.from_target(target, num_hidden_layers=blocks)
-    for parameter in draft.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=parameter.shape[0] ** -0.5)
-    return draft
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draft", type=Path, help="folder of another draft for the demo target")
@@ -61,9 +52,11 @@ def main() -> None:
         draft = DovetailAssistantModel.from_pretrained(arguments.draft, dtype=torch.float32)
     torch.manual_seed(0)
     controls = {
-        "random_weights": random_draft(target, draft.config.num_hidden_layers),
+        "random_weights": randomised(draft),
         "target_itself": DovetailAssistantModel.from_causal_lm(target),
     }
+    for model in (draft, *controls.values()):
+        model.tree = TreeShape()
     prompts, length = humaneval_prompts()[: arguments.prompts], arguments.max_new_tokens
     results = {
         "greedy": measure(target, draft, tokenizer, prompts, length, do_sample=False),

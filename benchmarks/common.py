@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 import sys
 from collections import Counter
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 import hf_dovetail
+from hf_dovetail.bench.machine import record
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -52,40 +46,6 @@ class Tally:
 
 def _jsonl(path: Path, key: str) -> list[Any]:
     return [json.loads(line)[key] for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _cpu() -> str:
-    for line in (
-        Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else ()
-    ):
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(
-        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False
-    ).stdout.strip()
-
-
-def record() -> dict[str, Any]:
-    """Commit, versions and machine of a measurement."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return {
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "*.py")),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "hf_dovetail": hf_dovetail.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "accelerator": str(accelerator) if accelerator else None,
-    }
 
 
 def write(name: str, result: dict[str, Any]) -> None:

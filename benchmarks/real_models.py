@@ -18,7 +18,7 @@ from common import SHARED, story_prompts, write
 from losslessness import compare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_dovetail import DovetailAssistantModel
+from hf_dovetail import DovetailAssistantModel, TreeShape
 from hf_dovetail.recipe import Recipe
 from hf_dovetail.train import read_texts, token_stream, train_draft
 
@@ -48,7 +48,7 @@ def trained_draft(target: Any, tokenizer: Any, out: Path, steps: int) -> tuple[D
 
 def answers(target: Any, draft: Any, tokenizer: Any, length: int) -> dict[str, Any]:
     """Tokens per round and identical answers of one pair."""
-    result = {}
+    draft.tree, result = TreeShape(), {}
     for mode, sampling in (("greedy", {"do_sample": False}), ("temperature_1", SAMPLED)):
         found = result[mode] = compare(target, draft, tokenizer, story_prompts(), length, sampling)
         same = f"{found['identical']} of {found['tried']} identical"

@@ -1,4 +1,4 @@
-"""The command `hf-dovetail`: one subcommand each for the demo, for generating text and for training a draft."""
+"""The command `hf-dovetail`: one subcommand each for the demo, generating text, measuring and training."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from .bench.command import add_bench_parser
+from .calibrate_command import add_calibrate_parser
 from .recipe import Recipe, option_help
 
 
@@ -40,7 +42,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--target", required=True, help="folder or name of the target")
     generate.add_argument("--draft", required=True, help="folder or name of its draft")
     generate.add_argument("--max-new-tokens", type=int, default=256)
+    generate.add_argument("--engine", default="auto", help="how the target's layers run (default: %(default)s)")
     generate.set_defaults(run=_generate)
+    add_calibrate_parser(commands)
+    add_bench_parser(commands)
     train = commands.add_parser("train", help="train a draft for a target on text")
     train.add_argument("--target", required=True, help="folder or name of the target")
     train.add_argument("--data", required=True, nargs="+", type=Path, help='text files, or JSONL with a "text" field')
@@ -66,10 +71,12 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     from .demo import demo_prompts, load_pair, report, run_demo
+    from .engines import prepare_target
 
     if arguments.repeats < 1:
         raise ValueError(f"--repeats is {arguments.repeats}; expected at least 1")
     target, draft, tokenizer = load_pair()
+    prepare_target(target)
     prompt = demo_prompts()[0] if arguments.prompt is None else arguments.prompt
     result = run_demo(target, draft, tokenizer, prompt, arguments.max_new_tokens, arguments.repeats)
     print(result.text, end="\n\n")
@@ -79,10 +86,11 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
+    from .engines import prepare_target
     from .modeling import DovetailAssistantModel
 
     tokenizer = AutoTokenizer.from_pretrained(_existing(arguments.target))
-    target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype="auto")
+    target = prepare_target(AutoModelForCausalLM.from_pretrained(arguments.target, dtype="auto"), arguments.engine)
     draft = DovetailAssistantModel.from_pretrained(_existing(arguments.draft), dtype="auto")
     inputs = tokenizer(arguments.prompt, return_tensors="pt")
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)

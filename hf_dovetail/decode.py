@@ -16,7 +16,9 @@ from torch import Tensor
 
 from .accept import Accepted, Select, walk
 from .config import TreeShape
-from .target import Target, TargetOutput
+from .controller import Controller
+from .levels import KeepGoing
+from .target import Target
 from .tree import DraftTree
 
 
@@ -99,11 +101,11 @@ class Drafter(Protocol):
     def commit(self, tokens: Tensor, features: Tensor | None) -> None:
         """Add certain tokens (1, T) and the features (1, T, h) of the positions before them."""
 
-    def propose(self, shape: TreeShape) -> Tensor:
+    def propose(self, shape: TreeShape, keep_going: KeepGoing | None = None) -> Tensor:
         """(1, 3, N) int32: a packed tree."""
 
-    def room(self) -> int:
-        """Levels that the draft's positions still allow."""
+    def room(self, waiting: int = 0) -> int:
+        """Levels that the draft's positions still allow behind `waiting` tokens that are not committed yet."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def decode(
     prefill: Callable[[Any], Any],
     select: Select,
     remaining: Callable[[], int],
-    shape: TreeShape,
+    controller: Controller,
     stats: GenerationStats,
     watch: Callable[[Round], None] | None = None,
 ) -> None:
@@ -134,7 +136,7 @@ def decode(
         prefill: runs the prompt with the cache that it is given.
         select: the next token from (1, V) logits.
         remaining: tokens that the answer may still get.
-        shape: the tree of a round.
+        controller: chooses the tree of each round.
         stats: filled while decoding, also when an exception ends it.
         watch: called after each round.
     """
@@ -146,22 +148,29 @@ def decode(
         stats.new_tokens += 1
         if finished:
             return
-        known, root = prompt[:, prompt.shape[1] - (target.held - target.first) :], torch.tensor([[token]])
-        with stats.clock("draft_ms"):
-            if shape.nodes:
-                drafter.begin(_to_draft(known[:, :1], drafter, stats), target.first)
-                _commit(drafter, torch.cat((known[:, 1:].cpu(), root), dim=1), output, stats)
+        waiting = Waiting(drafter, stats)
+        if controller.largest.nodes:
+            waiting.begin(prompt[:, prompt.shape[1] - (target.held - target.first) :], target.first)
+        waiting.add((token,), output.features)
         while not finished:
-            tree = _propose(drafter, root, target.allowed(shape.clipped(min(remaining() - 1, drafter.room()))), stats)
+            turn = _Turn(stats)
+            most = controller.largest.clipped(min(remaining() - 1, drafter.room(waiting.count)))
+            shape = controller.plan(target.allowed(most), target.held, waiting.count, remaining())
+            tree = DraftTree.root_only(torch.tensor([[token]]))
+            if shape.nodes:
+                with stats.clock("draft_ms"):
+                    waiting.commit()
+                    tree = _propose(drafter, tree.tokens, shape, controller.keep_going, stats)
+                tree = tree.trimmed(controller.choose(tree))
             with stats.clock("verify_ms"):
                 output = target.verify(tree)
             accepted = walk(tree, output.logits, select)
             target.commit(accepted.path)
             stats.count(tree, accepted)
-            finished, root = accepted.finished, torch.tensor([[accepted.tokens[-1]]])
-            if shape.nodes and not finished:
-                with stats.clock("draft_ms"):
-                    _commit(drafter, torch.tensor([accepted.tokens]), _rows(output, accepted.path), stats)
+            finished, token = accepted.finished, accepted.tokens[-1]
+            if not finished:
+                waiting.add(accepted.tokens, _rows(output.features, accepted.path))
+            controller.learn(tree, accepted, *turn.times())
             if watch is not None:
                 watch(Round(tree, accepted))
     finally:
@@ -169,22 +178,63 @@ def decode(
         stats.overhead_ms = total - stats.prefill_ms - stats.draft_ms - stats.verify_ms
 
 
-def _propose(drafter: Drafter, root: Tensor, shape: TreeShape, stats: GenerationStats) -> DraftTree:
+class Waiting:
+    """What is certain and the draft does not know yet: token ids, and the features of the positions before them.
+
+    Tokens of rounds without a tree pile up here, untouched, until the draft is asked again.
+    """
+
+    def __init__(self, drafter: Drafter, stats: GenerationStats) -> None:
+        self._drafter, self._stats = drafter, stats
+        self._tokens: list[Tensor] = []
+        self._new: list[int] = []
+        self._features: list[Tensor] = []
+        self.count = 0
+
+    def begin(self, known: Tensor, start: int) -> None:
+        """Open the drafter's session; tokens (1, n) that the target has read, from position `start` on, wait."""
+        self._drafter.begin(_to_draft(known[:, :1], self._drafter, self._stats), start)
+        self._tokens.append(known[:, 1:].cpu())
+        self.count = known.shape[1] - 1
+
+    def add(self, tokens: tuple[int, ...], features: Tensor | None) -> None:
+        """Keep accepted tokens, and features (1, T, h), for the next commit."""
+        self._new += tokens
+        self.count += len(tokens)
+        if features is not None:
+            self._features.append(features)
+
+    def commit(self) -> None:
+        """Hand the draft what waits: token ids, and features if it reads them."""
+        drafter, stats = self._drafter, self._stats
+        tokens = torch.cat((*self._tokens, torch.tensor([self._new])), dim=1)
+        features = None
+        if drafter.reads_features:
+            features = _to_draft(torch.cat(self._features, dim=1), drafter, stats)
+        drafter.commit(_to_draft(tokens, drafter, stats), features)
+        self._tokens, self._new, self._features, self.count = [], [], [], 0
+
+
+class _Turn:
+    """The times of one round, as the difference of what the statistics say at its ends."""
+
+    def __init__(self, stats: GenerationStats) -> None:
+        self._stats, self._begin = stats, (stats.draft_ms, stats.verify_ms, time.perf_counter())
+
+    def times(self) -> tuple[float, float, float]:
+        """ms of drafting, of verification, and of the round so far."""
+        draft_ms, verify_ms, begin = self._begin
+        stats = self._stats
+        return stats.draft_ms - draft_ms, stats.verify_ms - verify_ms, 1e3 * (time.perf_counter() - begin)
+
+
+def _propose(
+    drafter: Drafter, root: Tensor, shape: TreeShape, keep_going: KeepGoing | None, stats: GenerationStats
+) -> DraftTree:
     """A tree of this shape under `root`, brought to the host in one copy."""
-    if shape.nodes == 0:
-        return DraftTree.root_only(root)
-    with stats.clock("draft_ms"):
-        packed = drafter.propose(shape)
-        stats.bytes_to_target += packed.nbytes
-        return DraftTree.unpack(root, packed.cpu())
-
-
-def _commit(drafter: Drafter, tokens: Tensor, output: TargetOutput, stats: GenerationStats) -> None:
-    """Hand the draft what is certain: token ids, and the features before them if it reads them."""
-    features = None
-    if drafter.reads_features:
-        features = _to_draft(output.features, drafter, stats)
-    drafter.commit(_to_draft(tokens, drafter, stats), features)
+    packed = drafter.propose(shape, keep_going)
+    stats.bytes_to_target += packed.nbytes
+    return DraftTree.unpack(root, packed.cpu())
 
 
 def _to_draft(data: Tensor, drafter: Drafter, stats: GenerationStats) -> Tensor:
@@ -193,7 +243,8 @@ def _to_draft(data: Tensor, drafter: Drafter, stats: GenerationStats) -> Tensor:
     return data.to(drafter.device)
 
 
-def _rows(output: TargetOutput, path: tuple[int, ...]) -> TargetOutput:
-    """The output's rows on a path."""
-    features = None if output.features is None else output.features[:, list(path)]
-    return TargetOutput(output.logits, features)
+def _rows(features: Tensor | None, path: tuple[int, ...]) -> Tensor | None:
+    """The features (1, T, h) of the rows on a path."""
+    if features is None or features.shape[1] == len(path):  # all of them
+        return features
+    return features[:, list(path)]

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .decode import GenerationStats, Round
+from .engines import engine_of
 from .modeling import DovetailAssistantModel
 
 
@@ -112,7 +113,7 @@ def report(
     speedup = result.plain_s / result.dovetail_s
     nodes = f" of {stats.drafted / stats.rounds:.1f} nodes" if stats.rounds else ""
     lines = [
-        f"target   {_describe(target)}",
+        f"target   {_describe(target)}, engine {engine_of(target)}",
         f"draft    {_describe(draft)}",
         f"plain    {stats.new_tokens / result.plain_s:7.1f} tokens/s",
         f"dovetail {stats.new_tokens / result.dovetail_s:7.1f} tokens/s  ({speedup:.2f} x plain)",

@@ -1,4 +1,4 @@
-"""The draft network: Dynamic Gating Fusion and decoder blocks, or any small causal LM in their place.
+"""The draft network: a fusion and decoder blocks (`blocks`), or any small causal LM in their place.
 
 Knows weights and one forward step; knows nothing of trees, rounds or generation. Embeddings and the LM head
 are the target's own (`SharedWeights`); a checkpoint does not hold them.
@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from .attention import BranchingMask, why_not_branching
+from .blocks import DecoderBlock, DynamicGatingFusion, KeyValueStore, RotaryTable, Rotation, fold_mask
 from .cache import GrowingCache, num_cache_layers
 from .config import DovetailConfig, TreeShape
 from .register import model_is_ready
+from .rows import Pool, RowBuffer
 from .weights import (
     SharedWeights,
     check_evaluating,
@@ -32,34 +33,12 @@ from .weights import (
 )
 
 
-class DynamicGatingFusion(nn.Module):
-    """Fuses the target's feature of a token with the embedding of the next one (arXiv 2412.18934, section 3.2).
-
-    `e = RMSNorm(embedding)`, `h1 = f W_1`, `h2 = SiLU(e W_2)`, `z = sigmoid([h1; h2] W_z)`, and the result is
-    `z * h1 + (1 - z) * h2`. `W_1`, `W_2`: (h, h); `W_z`: (2h, h); used as `x @ W`, without bias.
-    """
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.input_layernorm = LlamaRMSNorm(hidden_size, eps=eps)
-        self.W_1 = nn.Parameter(torch.empty(hidden_size, hidden_size))
-        self.W_2 = nn.Parameter(torch.empty(hidden_size, hidden_size))
-        self.W_z = nn.Parameter(torch.empty(2 * hidden_size, hidden_size))
-
-    def forward(self, embeddings: Tensor, features: Tensor) -> Tensor:
-        """Fuse (B, T, h) embeddings of tokens t+1 with (B, T, h) features of tokens t."""
-        from_feature = features @ self.W_1
-        from_token = F.silu(self.input_layernorm(embeddings) @ self.W_2)
-        gate = torch.sigmoid(torch.cat((from_feature, from_token), dim=-1) @ self.W_z)
-        return gate * from_feature + (1 - gate) * from_token
-
-
 class DovetailAssistantModel(PreTrainedModel):
     """A draft for `target.generate(..., assistant_model=draft)`.
 
     Attributes:
         draft_device: where it drafts: "auto" (the GPU if there is one, else the CPU), or a torch device.
-        tree: the `TreeShape` of a round.
+        tree: the `TreeShape` of every round, or "auto": each round's own, chosen for this machine and this text.
         last_stats: `GenerationStats` of the last call, or None.
         watch: called with each `decode.Round` of a call, or None.
         tokenizer_source: folder or name of the tokenizer that `save_pretrained` saves beside the draft, or None.
@@ -68,7 +47,7 @@ class DovetailAssistantModel(PreTrainedModel):
     config_class = DovetailConfig
     base_model_prefix = "draft"
     main_input_name = "input_ids"
-    _no_split_modules = ["LlamaDecoderLayer"]
+    _no_split_modules = ["DecoderBlock"]
     _supports_sdpa = True
     _supports_attention_backend = True
 
@@ -78,23 +57,19 @@ class DovetailAssistantModel(PreTrainedModel):
         self.last_stats: Any = None
         self.watch: Callable[[Any], None] | None = None
         self.tokenizer_source: str | None = config.name_or_path or None
-        self._tree = TreeShape()
+        self._tree: TreeShape | Literal["auto"] = "auto"
         self._shared: SharedWeights | None = None
         if config.fusion == "none":
             self.lm = lm if lm is not None else AutoModelForCausalLM.from_config(_lm_config(config))
         else:
             self.fusion = DynamicGatingFusion(config.hidden_size, config.rms_norm_eps)
-            self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-            self.layers[0].input_layernorm = nn.Identity()  # the fusion's output goes in as it is
-            self.rotary_emb = LlamaRotaryEmbedding(config)
+            self.layers = nn.ModuleList(DecoderBlock(config, i) for i in range(config.num_hidden_layers))
+            self.rotary, self.pool = RotaryTable(config), Pool()
         if lm is None:
             self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Weights that nothing has set yet are NaN, so that a draft that was never loaded cannot draft."""
-        if isinstance(module, LlamaRotaryEmbedding):
-            super()._init_weights(module)
-            return
         for parameter in module.parameters(recurse=False):
             if not getattr(parameter, "_is_hf_initialized", False):
                 nn.init.constant_(parameter, float("nan"))
@@ -154,14 +129,16 @@ class DovetailAssistantModel(PreTrainedModel):
         nn.init.eye_(self.fusion.W_1)
 
     @property
-    def tree(self) -> TreeShape:
-        """The shape of a round's tree."""
+    def tree(self) -> TreeShape | Literal["auto"]:
+        """The shape of a round's tree; "auto" chooses it anew in every round."""
         return self._tree
 
     @tree.setter
-    def tree(self, shape: TreeShape) -> None:
-        if not isinstance(shape, TreeShape):
-            raise ValueError(f"tree is {shape!r}; expected a TreeShape, such as TreeShape(nodes=16, depth=7, top_k=10)")
+    def tree(self, shape: TreeShape | Literal["auto"]) -> None:
+        if not isinstance(shape, TreeShape) and not (isinstance(shape, str) and shape == "auto"):
+            raise ValueError(
+                f'tree is {shape!r}; expected a TreeShape, such as TreeShape(nodes=16, depth=7, top_k=10), or "auto"'
+            )
         self._tree = shape
 
     @property
@@ -201,9 +178,20 @@ class DovetailAssistantModel(PreTrainedModel):
             self.to(device)
 
     def new_cache(self, capacity: int) -> GrowingCache:
-        """An empty cache for one drafting session."""
-        layers = num_cache_layers(self.lm.config) if self.config.fusion == "none" else len(self.layers)
-        return GrowingCache(layers, capacity)
+        """An empty cache for one drafting session of a wrapped causal LM."""
+        return GrowingCache(num_cache_layers(self.lm.config), capacity)
+
+    def new_rows(self, capacity: int) -> RowBuffer:
+        """Empty buffers for one drafting session of the network's own blocks."""
+        config = self.config
+        return RowBuffer(
+            len(self.layers), config.num_key_value_heads, config.head_dim, capacity, self.device, self.dtype
+        )
+
+    def addresses(self) -> tuple:
+        """Where all weights that drafting reads lie in memory, the target's included; graphs hold on to these."""
+        shared = (self._weights.embedding, self._weights.head, self._weights.bias)
+        return tuple((t.data_ptr(), t.dtype) for t in (*self.parameters(), *shared) if t is not None)
 
     def mask_builder(self) -> BranchingMask:
         """Builds the masks that `forward` takes."""
@@ -215,7 +203,7 @@ class DovetailAssistantModel(PreTrainedModel):
         features: Tensor | None = None,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | dict[str, Tensor] | None = None,
-        past_key_values: GrowingCache | None = None,
+        past_key_values: KeyValueStore | None = None,
     ) -> Tensor:
         """One step of the draft.
 
@@ -224,13 +212,14 @@ class DovetailAssistantModel(PreTrainedModel):
             features: (B, T, h) features of tokens t, the target's or the draft's own; None with `fusion="none"`.
             position_ids: (B, T); by default 0..T-1.
             attention_mask: from `mask_builder()`, or None for plain causal attention over these rows alone.
-            past_key_values: the session's cache.
+            past_key_values: a cache; with `fusion="none"` the session's.
 
         Returns:
             (B, T, h): the predicted features, or the LM's hidden states; `logits` maps both to (B, T, V).
         """
+        rows = input_ids.shape[1]
         if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+            position_ids = torch.arange(rows, device=input_ids.device).unsqueeze(0)
         if self.config.fusion == "none":
             decoder = self.lm.get_decoder()
             return decoder(
@@ -240,12 +229,32 @@ class DovetailAssistantModel(PreTrainedModel):
                 past_key_values=past_key_values,
                 use_cache=past_key_values is not None,
             ).last_hidden_state
-        hidden = self.fusion(F.embedding(input_ids, self._weights.embedding), features)
-        rotary = self.rotary_emb(hidden, position_ids)
+        if attention_mask is None:
+            attention_mask = torch.ones(1, 1, rows, rows, dtype=torch.bool, device=input_ids.device).tril()
+        rotation = self.rotary.at(position_ids, features.dtype)
+        return self.step(input_ids, features, rotation, attention_mask, past_key_values)
+
+    def step(
+        self,
+        tokens: Tensor,
+        features: Tensor,
+        rotation: Rotation,
+        mask: Tensor | None = None,
+        store: KeyValueStore | None = None,
+    ) -> Tensor:
+        """`forward` for fusion drafts, with all that depends on positions and branches made by the caller.
+
+        Args:
+            tokens: (B, T). features: (B, T, h).
+            rotation: of the rows' positions, from `rotary`.
+            mask: (B or 1, 1, T, K) bool, or to be added, in the network's precision; None: all keys for all rows.
+            store: earlier rows' keys and values.
+        """
+        hidden = self.fusion(F.embedding(tokens, self._weights.embedding), features)
+        if mask is not None:
+            mask = fold_mask(mask, self.config.num_attention_heads // self.config.num_key_value_heads)
         for layer in self.layers:
-            hidden = layer(
-                hidden, attention_mask=attention_mask, position_embeddings=rotary, past_key_values=past_key_values
-            )
+            hidden = layer(hidden, rotation, mask, store)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -16,10 +16,14 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from .config import TreeShape
+from .controller import LARGEST, Controller
 from .decode import GenerationStats, decode
 from .draft import DraftSession
+from .learned import Learned, learned_of
+from .levels import KeepGoing
 from .modeling import DovetailAssistantModel
 from .target import Context, FeatureTap, open_target
+from .threads import target_threads
 from .weights import check_fits
 
 logger = logging.get_logger(__name__)
@@ -59,20 +63,22 @@ class DovetailCandidateGenerator(CandidateGenerator):
         """Add certain tokens (1, T) and the features (1, T, h) of the positions before them."""
         self.session.commit(tokens, features)
 
-    def propose(self, shape: TreeShape) -> Tensor:
+    def propose(self, shape: TreeShape, keep_going: KeepGoing | None = None) -> Tensor:
         """(1, 3, N) int32: the packed tree of a round (`tree.rerank`)."""
-        return self.session.grow(shape)
+        return self.session.grow(shape, keep_going)
 
-    def room(self) -> int:
-        """Levels that the draft's positions still allow; without room the target goes on alone."""
-        end = self.draft.config.max_position_embeddings
-        room = max(end - self.session.length, 0)
+    def room(self, waiting: int = 0) -> int:
+        """Levels that the draft's positions still allow behind `waiting` tokens that are not committed yet; without
+        room the target goes on alone.
+        """
+        end, length = self.draft.config.max_position_embeddings, self.session.length + waiting
+        room = max(end - length, 0)
         if room == 0 and not self._warned:
             self._warned = True
             logger.warning(
                 "the sequence has reached the draft's last position (%d of %d): the target goes on alone, "
                 "at plain speed; the output stays the same",
-                self.session.length,
+                length,
                 end,
             )
         return room
@@ -102,7 +108,8 @@ class DovetailCandidateGenerator(CandidateGenerator):
         )
         self.commit(tokens, features)
         self._known = input_ids.shape[1]
-        shape = self.draft.tree.as_chain().clipped(self.room())
+        tree = self.draft.tree
+        shape = (tree if isinstance(tree, TreeShape) else TreeShape()).as_chain().clipped(self.room())
         if shape.nodes == 0:
             return input_ids, None
         chain = self.propose(shape)[:, 0].to(input_ids)
@@ -219,20 +226,23 @@ def dovetail_decoding(
         max_length=generation_config.max_length,
         options={k: v for k, v in model_kwargs.items() if k not in _PREPARED and v is not None},
     )
-    shape = assistant_model.tree
-    drafter = DovetailCandidateGenerator(assistant_model, target, input_ids.shape[1] + shape.nodes)
+    nodes = (assistant_model.tree if isinstance(assistant_model.tree, TreeShape) else LARGEST).nodes
+    drafter = DovetailCandidateGenerator(assistant_model, target, input_ids.shape[1] + nodes)
+    learned, controller = _controller(assistant_model, target, generation_config.do_sample)
 
     def prefill(cache: Any) -> Any:
         return target._prefill(input_ids, generation_config, {**model_kwargs, "past_key_values": cache})
 
-    tap = FeatureTap(target, drafter.reads_features and shape.nodes > 0)
-    verifier = open_target(target, context, tap, shape.nodes)
+    tap = FeatureTap(target, drafter.reads_features and nodes > 0)
+    verifier = open_target(target, context, tap, nodes)
     try:
-        with verifier:
+        with target_threads(), verifier:
             watch = assistant_model.watch
-            decode(verifier, drafter, input_ids, prefill, selector, selector.remaining, shape, stats, watch)
+            decode(verifier, drafter, input_ids, prefill, selector, selector.remaining, controller, stats, watch)
     finally:
         assistant_model.last_stats = stats
+    if learned is not None:
+        learned.refresh()
     if streamer is not None:
         streamer.end()
     keeps_cache = generation_config.return_dict_in_generate or getattr(context.cache, "_is_user_defined", False)
@@ -242,6 +252,16 @@ def dovetail_decoding(
     return GenerateDecoderOnlyOutput(
         sequences=selector.input_ids, scores=selector.scores, logits=selector.logits, past_key_values=cache
     )
+
+
+def _controller(
+    draft: DovetailAssistantModel, target: PreTrainedModel, do_sample: bool
+) -> tuple[Learned | None, Controller]:
+    """What chooses this call's trees, and what it learns into unless the shape is fixed."""
+    if isinstance(draft.tree, TreeShape):
+        return None, Controller(draft.tree)
+    learned = learned_of(draft, target)
+    return learned, learned.controller(do_sample, on_host=draft.device.type == "cpu")
 
 
 def _check_inputs(

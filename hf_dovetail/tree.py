@@ -88,6 +88,23 @@ class DraftTree:
         """The tree that proposes nothing: plain decoding. `root`: (B, 1) int64."""
         return cls(root, torch.full_like(root, -1), torch.zeros(root.shape))
 
+    def trimmed(self, nodes: int) -> DraftTree:
+        """The tree of the root and its `nodes` best nodes, in their order; of equally good ones, the earlier.
+
+        A child never beats its parent and stands behind it, so the best nodes are a tree.
+        """
+        if nodes >= self.num_nodes:
+            return self
+        order = np.argsort(-self.log_probs.numpy()[:, 1:], axis=1, kind="stable")[:, :nodes] + 1
+        kept = np.zeros(self.tokens.shape, dtype=bool)
+        np.put_along_axis(kept, order, True, axis=1)
+        kept[:, 0] = True
+        places = kept.cumsum(axis=1) - 1  # where a kept node stands in the new tree
+        parents = self.parents.numpy()
+        moved = np.where(parents < 0, -1, np.take_along_axis(places, np.maximum(parents, 0), axis=1))
+        columns = (self.tokens.numpy(), moved, self.log_probs.numpy())
+        return DraftTree(*(torch.from_numpy(column[kept].reshape(len(kept), -1)) for column in columns))
+
     @property
     def num_nodes(self) -> int:
         """Proposed nodes, not counting the root."""

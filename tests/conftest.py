@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_dovetail
-from hf_dovetail import DovetailAssistantModel
+from hf_dovetail import DovetailAssistantModel, TreeShape
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT.parent / "shared" / "models"
@@ -23,6 +23,13 @@ MODELS = ROOT.parent / "shared" / "models"
 def _one_thread() -> None:
     """Tiny models are slower on more threads, and other jobs may share the machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_accelerator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only tests marked `gpu` use an accelerator; the others mean the CPU, on every machine."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +86,7 @@ def real_draft() -> DovetailAssistantModel:
     """Another babyllama of the same vocabulary, as a draft."""
     lm = AutoModelForCausalLM.from_pretrained(_real("babyllama-tok105"), dtype=torch.float32)
     draft = DovetailAssistantModel.from_causal_lm(lm)
-    draft.draft_device = "cpu"
+    draft.draft_device, draft.tree = "cpu", TreeShape()
     return draft
 
 

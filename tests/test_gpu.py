@@ -1,10 +1,14 @@
 """The real setting: draft on the accelerator, target on the CPU. Skipped where there is no accelerator."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import pipeline
 
+from hf_dovetail import DovetailAssistantModel, TreeShape, graphs
 from hf_dovetail.demo import demo_prompts, load_pair, pair_path
+from hf_dovetail.draft import DraftSession
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,3 +47,85 @@ def test_a_draft_that_is_told_to_stay_stays() -> None:
     draft.draft_device = "cpu"
     target.generate(**tokenizer("x = 1\n", return_tensors="pt"), max_new_tokens=8, assistant_model=draft)
     assert draft.device == torch.device("cpu")
+
+
+def dgf_pair() -> tuple:
+    """The package's pair, met on the accelerator, and a prompt's ids and features there."""
+    target, draft, tokenizer = load_pair()
+    device = draft.meet(target)
+    ids = tokenizer(demo_prompts()[0], return_tensors="pt").input_ids
+    with torch.no_grad():
+        ids = target.generate(ids, max_new_tokens=80, do_sample=False)
+        features = target(ids, output_hidden_states=True).hidden_states[-1]
+    return draft, ids.to(device), features.to(device)
+
+
+def trees(draft: DovetailAssistantModel, ids: torch.Tensor, features: torch.Tensor) -> list[torch.Tensor]:
+    """The packed trees of one answer's rounds, four tokens a round."""
+    session, grown = DraftSession(draft), []
+    session.begin(ids[:, :1], 0)
+    for known in range(ids.shape[1] - 80, ids.shape[1], 4):
+        first = session.length + 1
+        session.commit(ids[:, first : known + 1], features[:, first - 1 : known])
+        grown.append(session.grow(TreeShape(16, 7, 10)).cpu())
+    return grown
+
+
+def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one[:, :2], other[:, :2])
+        torch.testing.assert_close(
+            *(tree[:, 2].contiguous().view(torch.float32) for tree in (one, other)), rtol=1e-3, atol=1e-3
+        )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need CUDA")
+def test_graphs_grow_the_trees_of_eager_rounds_and_are_reused() -> None:
+    draft, ids, features = dgf_pair()
+    with_graphs = trees(draft, ids, features)
+    bench = draft.pool.bench
+    captured = {kind: known for kind, known in bench.graphs.items() if isinstance(known, graphs.Captured)}
+    assert captured
+    assert not draft.pool.taken
+    again = trees(draft, ids, features)
+    assert draft.pool.bench is bench
+    assert all(bench.graphs[kind] is known for kind, known in captured.items())
+    bench.captures = False
+    bench.graphs.clear()
+    eager = trees(draft, ids, features)
+    assert not any(isinstance(known, graphs.Captured) for known in bench.graphs.values())
+    assert_close(with_graphs, eager)
+    assert_close(again, eager)
+    assert not torch.equal(eager[0], eager[-1])
+    draft.draft_device = "cpu"
+    draft.to("cpu")._shared = None
+    target = load_pair()[0]
+    draft.meet(target)
+    assert_close(trees(draft, ids.cpu(), features.cpu()), eager)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need CUDA")
+def test_two_threads_with_one_draft_grow_their_own_trees() -> None:
+    draft, ids, features = dgf_pair()
+    reversed_ids, reversed_features = ids.flip(1), features.flip(1)
+    alone = [trees(draft, ids, features), trees(draft, reversed_ids, reversed_features)]
+    jobs = [(ids, features), (reversed_ids, reversed_features)] * 3
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        together = list(pool.map(lambda job: trees(draft, *job), jobs))
+    for index, found in enumerate(together):
+        assert_close(found, alone[index % 2])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need CUDA")
+def test_the_host_waits_for_nothing_while_a_tree_grows() -> None:
+    draft, ids, features = dgf_pair()
+    session = DraftSession(draft)
+    session.begin(ids[:, :1], 0)
+    for turn in range(4):  # eager (and the table of RoPE is made), eager, captured, replayed
+        session.commit(ids[:, 1 + 5 * turn : 6 + 5 * turn], features[:, 5 * turn : 5 + 5 * turn])
+        if turn in (1, 3):
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            session.grow(TreeShape(16, 7, 10))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

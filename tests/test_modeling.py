@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from hf_dovetail import DovetailAssistantModel, DovetailConfig
-from hf_dovetail.modeling import DynamicGatingFusion
+from hf_dovetail.blocks import DynamicGatingFusion
 
 
 def randomised(draft: DovetailAssistantModel, seed: int = 4) -> DovetailAssistantModel:

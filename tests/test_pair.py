@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_dovetail import DovetailAssistantModel, GenerationStats
+from hf_dovetail import DovetailAssistantModel, GenerationStats, TreeShape
 from hf_dovetail.demo import demo_prompts, load_pair, pair_path
 
 PROMPTS = Path(__file__).parent / "data" / "humaneval_prompts.jsonl"
@@ -39,6 +39,7 @@ def test_the_draft_is_accepted_and_the_answers_are_plain_generates(sampling: dic
     target, draft, tokenizer = load_pair()
     torch.manual_seed(0)
     random = DovetailAssistantModel.from_target(target, num_hidden_layers=2)
+    draft.tree = random.tree = TreeShape()
     trained, untrained = [], []
     for number, prompt in enumerate(held_out(every=14)):
         inputs = tokenizer(prompt, return_tensors="pt")

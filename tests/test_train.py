@@ -118,13 +118,11 @@ def test_unrolled_steps_compute_what_a_tree_computes(target, windows) -> None:
         session = DraftSession(draft)
         session.begin(ids[:, :1], 0)
         session.commit(ids[:, 1 : row + 2], features[:, : row + 1])
-        hidden = session._catch_up()
+        hidden = session._steps.catch_up(session._tokens, session._features)
         torch.testing.assert_close(hidden[0, 0], unrolled[0], rtol=1e-4, atol=1e-5)
         for depth in (1, 2):
-            slots = torch.tensor([[row + depth]])
-            path = torch.arange(row + 1, row + 1 + depth).unsqueeze(0)
-            mask = session._level_mask(torch.ones(1, 1, depth, dtype=torch.bool), slots, path, row + 1)
-            hidden = session._step(ids[:, row + depth + 1 : row + depth + 2], hidden, slots, mask)
+            path = torch.ones(1, depth, dtype=torch.bool)
+            hidden = session._steps.level(ids[:, row + depth + 1 : row + depth + 2], hidden, path)
             torch.testing.assert_close(hidden[0, 0], unrolled[depth], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(unrolled[1], unrolled[2])
 

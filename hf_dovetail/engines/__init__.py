@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .. import grouped
 from ..threads import chosen_threads
-from . import onednn
+from . import int8, ipex, onednn
 
 logger = logging.get_logger(__name__)
 
@@ -52,6 +52,8 @@ class Engine:
 
 ENGINES: dict[str, Engine] = {
     "onednn": Engine(onednn.why_not, onednn.prepare),
+    "ipex": Engine(ipex.why_not, ipex.prepare),
+    "int8": Engine(int8.why_not, int8.prepare, keeps_precision=False),
 }
 
 

@@ -1,0 +1,115 @@
+"""What the parts of a round cost: verification by rows, a draft's tree, and the bytes that one token reads."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from ..config import TreeShape
+from ..draft import DraftSession
+from ..modeling import DovetailAssistantModel
+from ..target import Context, FeatureTap, Target, open_target
+from ..tree import DraftTree
+from .machine import median_ms
+
+_ACCEPTED = 4
+ROWS = (1, 2, 4, 8, 16, 17, 24, 32)
+"""Rows of a verification: the root and the nodes; 17 is the paper's shape."""
+
+
+@torch.no_grad()
+def verify_ms(model: PreTrainedModel, text: Tensor, repeats: int) -> dict[int, float]:
+    """Median wall time of the whole target's forward pass over 1 to 32 rows, behind the cached (1, n) `text`.
+
+    The numbers of rows take turns, so that drift of the machine hits all alike.
+    """
+    target, _ = _prefilled(model, text, max(ROWS))
+    samples: dict[int, list[float]] = {rows: [] for rows in ROWS}
+    with target:
+        for repeat in range(repeats + 1):
+            for rows in ROWS:
+                tree = _tree(rows - 1)
+                begin = time.perf_counter()
+                target.verify(tree)
+                if repeat:  # the first turn warms up
+                    samples[rows].append(1e3 * (time.perf_counter() - begin))
+                target.cache.truncate(target.held)
+    return {rows: statistics.median(times) for rows, times in samples.items()}
+
+
+@torch.no_grad()
+def draft_ms(
+    draft: DovetailAssistantModel, model: PreTrainedModel, shape: TreeShape, text: Tensor, repeats: int
+) -> float:
+    """Median wall time of a draft's round: take 4 more tokens of (1, n) `text`, grow a tree, bring it to the host."""
+    device = draft.meet(model)
+    session = DraftSession(draft, text.shape[1] + shape.nodes)
+    target, features = _prefilled(model, text, 1)
+    start = text.shape[1] - 1 - _ACCEPTED * (repeats + 1)
+    if start < 1:
+        raise ValueError(f"{repeats} repeats need a text of more than {text.shape[1]} tokens")
+    sizes = (start, *[_ACCEPTED] * (repeats + 1))
+    tokens = iter(text[:, 1:].to(device).split(sizes, dim=1))
+    given = iter(features[:, :-1].to(device).split(sizes, dim=1))
+
+    def grow() -> Tensor:
+        session.commit(next(tokens), next(given) if draft.reads_features else None)
+        return session.grow(shape).cpu()
+
+    with target:
+        session.begin(text[:, :1].to(device), 0)
+        grow()
+        return median_ms(grow, repeats)
+
+
+def weight_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of each `nn.Linear` by its name, the LM head included; ask before an engine is chosen."""
+    return {name: tuple(m.weight.shape) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def read_bytes(model: PreTrainedModel, shapes: dict[str, tuple[int, int]], context: int) -> int:
+    """Bytes that one token's forward pass must read: every matrix as its engine stores it, and the keys and values.
+
+    Args:
+        model: the prepared target.
+        shapes: of `weight_shapes`, taken before it was prepared.
+        context: positions in the cache.
+    """
+    modules = dict(model.named_modules())
+    matrices = sum(_stored_bytes(modules.get(name), shape, model.dtype) for name, shape in shapes.items())
+    text = model.config.get_text_config(decoder=True)
+    keys_and_values = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * context
+    return matrices + keys_and_values * model.dtype.itemsize
+
+
+def _stored_bytes(module: nn.Module | None, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Bytes of one matrix: of quantised weights one per entry and a float32 scale per output, else its precision's."""
+    kernel = getattr(getattr(module, "weight", None), "kernel", None)
+    outputs, inputs = shape
+    if kernel is None or kernel.lossless:
+        return outputs * inputs * dtype.itemsize
+    return outputs * inputs + 4 * outputs
+
+
+def _prefilled(model: PreTrainedModel, text: Tensor, nodes: int) -> tuple[Target, Tensor]:
+    """A verifier that has read (1, n) `text`, and its features (1, n, h)."""
+    length = text.shape[1]
+    positions = torch.arange(length).unsqueeze(0)
+    given = Context(DynamicCache(config=model.config), None, positions, length, length + nodes)
+    target = open_target(model, given, FeatureTap(model, True), nodes)
+    output = target.prefill(lambda cache: model(input_ids=text, past_key_values=cache, logits_to_keep=1))
+    return target, output.features
+
+
+def _tree(nodes: int) -> DraftTree:
+    """A tree of that many nodes, every third of them a leaf beside its sibling."""
+    root = torch.tensor([[1]])
+    if nodes == 0:
+        return DraftTree.root_only(root)
+    parents = [node - (node % 3 == 2) for node in range(nodes)]  # the root is 0, the first node 1
+    packed = torch.tensor([[[1] * nodes, parents, [0] * nodes]], dtype=torch.int32)
+    return DraftTree.unpack(root, packed)

@@ -1,0 +1,192 @@
+"""The parts of a draft's network: fusion, decoder blocks and RoPE, lean enough for one row at a time.
+
+Knows tensors and weights; knows nothing of targets, sessions or trees. One `forward` serves training (autograd,
+whole sequences) and drafting (a few rows against preallocated buffers). A block's parameters have the names and
+the meaning of transformers' `LlamaDecoderLayer`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from .config import DovetailConfig
+
+Rotation = tuple[Tensor, Tensor]
+"""cos and sin of rows, (B or 1, T or 1, 1, D); the first half of sin is negated (see `rotate`)."""
+
+_SMALLEST_TABLE = 512
+
+
+class KeyValueStore(Protocol):
+    """Where a block's keys and values live: `rows.RowBuffer` when drafting, transformers' `Cache` in training."""
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Add (B, H, T, D) states of block `layer`; return all that its rows may look at, (B, H, K, D)."""
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation, computed in float32 whatever the precision."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return F.rms_norm(hidden, self.weight.shape, self.weight.to(hidden.dtype), self.eps)
+
+
+class DynamicGatingFusion(nn.Module):
+    """Fuses the target's feature of a token with the embedding of the next one (arXiv 2412.18934, section 3.2).
+
+    `e = RMSNorm(embedding)`, `h1 = f W_1`, `h2 = SiLU(e W_2)`, `z = sigmoid([h1; h2] W_z)`, and the result is
+    `z * h1 + (1 - z) * h2`. `W_1`, `W_2`: (h, h); `W_z`: (2h, h); used as `x @ W`, without bias.
+    """
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(hidden_size, eps)
+        self.W_1 = nn.Parameter(torch.empty(hidden_size, hidden_size))
+        self.W_2 = nn.Parameter(torch.empty(hidden_size, hidden_size))
+        self.W_z = nn.Parameter(torch.empty(2 * hidden_size, hidden_size))
+
+    def forward(self, embeddings: Tensor, features: Tensor) -> Tensor:
+        """Fuse (B, T, h) embeddings of tokens t+1 with (B, T, h) features of tokens t."""
+        from_feature = features @ self.W_1
+        from_token = F.silu(self.input_layernorm(embeddings) @ self.W_2)
+        gate = torch.sigmoid(torch.cat((from_feature, from_token), dim=-1) @ self.W_z)
+        return torch.lerp(from_token, from_feature, gate)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention whose groups are folded into the rows: no key or value is repeated."""
+
+    def __init__(self, config: DovetailConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.dropout = layer, config.attention_dropout
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        size, kv_size, bias = self.heads * self.head_dim, self.kv_heads * self.head_dim, config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        self.o_proj = nn.Linear(size, config.hidden_size, bias=bias)
+
+    def forward(self, hidden: Tensor, rotation: Rotation, mask: Tensor | None, store: KeyValueStore | None) -> Tensor:
+        """(B, T, h) -> (B, T, h); `mask` is `fold_mask`'s."""
+        batch, rows, _ = hidden.shape
+        heads, kv_heads, groups = self.heads, self.kv_heads, self.heads // self.kv_heads
+        both = torch.cat((self.q_proj(hidden), self.k_proj(hidden)), dim=-1)
+        both = rotate(both.view(batch, rows, heads + kv_heads, self.head_dim), rotation)
+        queries, keys = both.split((heads, kv_heads), dim=2)
+        queries = queries.reshape(batch, rows, kv_heads, groups, self.head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        keys = keys.transpose(1, 2)  # (B, H, T, D)
+        values = self.v_proj(hidden).view(batch, rows, kv_heads, self.head_dim).transpose(1, 2)
+        if store is not None:
+            keys, values = store.update(keys, values, self.layer)
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(queries, keys, values, mask, dropout)  # (B, H, G * T, D)
+        mixed = mixed.view(batch, kv_heads, groups, rows, self.head_dim).permute(0, 3, 1, 2, 4)
+        return self.o_proj(mixed.reshape(batch, rows, heads * self.head_dim))
+
+
+class GatedMLP(nn.Module):
+    """`down(act(gate(x)) * up(x))`."""
+
+    def __init__(self, config: DovetailConfig) -> None:
+        super().__init__()
+        size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(size, inner, bias=bias)
+        self.up_proj = nn.Linear(size, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, size, bias=bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(B, T, h) -> (B, T, h)."""
+        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class DecoderBlock(nn.Module):
+    """Attention and MLP, each behind a norm and beside a residual; the first block of a DGF draft has no first norm."""
+
+    def __init__(self, config: DovetailConfig, layer: int) -> None:
+        super().__init__()
+        norm = layer > 0  # the fusion's output goes in as it is
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps) if norm else nn.Identity()
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config)
+
+    def forward(
+        self, hidden: Tensor, rotation: Rotation, mask: Tensor | None = None, store: KeyValueStore | None = None
+    ) -> Tensor:
+        """One block.
+
+        Args:
+            hidden: (B, T, h).
+            rotation: of the rows' positions.
+            mask: of `fold_mask`; None: every row sees every key.
+            store: earlier rows' keys and values; None: the rows see each other only.
+        """
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, mask, store)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+def fold_mask(mask: Tensor, groups: int) -> Tensor:
+    """(B or 1, 1, T, K) bool or additive mask -> (B or 1, 1, groups * T, K), as `Attention` orders its rows."""
+    return mask if groups == 1 else torch.cat((mask,) * groups, dim=2)
+
+
+def rotate(states: Tensor, rotation: Rotation) -> Tensor:
+    """RoPE on (B, T, heads, D) states: `x cos + (-x2, x1) sin`, with the sign kept in sin."""
+    cos, sin = rotation
+    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin)
+
+
+class RotaryTable:
+    """cos and sin of RoPE for the positions of a draft; computed once, in float32, and looked up from then on.
+
+    No module and no buffer: a change of the network's precision leaves the frequencies as they are.
+    """
+
+    def __init__(self, config: DovetailConfig) -> None:
+        self._config = config
+        self._rope: nn.Module | None = None
+        self._tables: dict[tuple[torch.device, torch.dtype], Rotation] = {}
+
+    def __reduce__(self) -> tuple:
+        """Copies and pickles compute their own."""
+        return RotaryTable, (self._config,)
+
+    @torch.no_grad()
+    @torch.inference_mode(False)  # a table that a draft has filled may serve in training
+    def at(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
+        """The rotation of (B, T) positions."""
+        if self._rope is None:
+            # Here, since a model of transformers imports the Auto classes, which import `modeling` (see `register`).
+            from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+            with torch.device("cpu"):
+                self._rope = LlamaRotaryEmbedding(self._config)
+        angles = positions[..., None].float() * self._rope.inv_freq.to(positions.device)  # (B, T, D / 2)
+        scale = self._rope.attention_scaling
+        cos, sin = angles.cos() * scale, angles.sin() * scale
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        return cos.unsqueeze(2).to(dtype), sin.unsqueeze(2).to(dtype)
+
+    def table(self, length: int, device: torch.device, dtype: torch.dtype) -> Rotation:
+        """cos and sin of at least the positions 0 to `length - 1`, (1, length or more, 1, D) each."""
+        held = self._tables.get((device, dtype))
+        if held is None or held[0].shape[1] < length:
+            size = max(_SMALLEST_TABLE, 1 << (length - 1).bit_length())
+            held = self._tables[device, dtype] = self.at(torch.arange(size, device=device).unsqueeze(0), dtype)
+        return held

@@ -1,0 +1,360 @@
+"""Chooses the tree of every round: as large as pays on this machine for this text, or none.
+
+Pure: costs in ms and the draft's confidences go in, shapes and numbers of nodes come out. A choice is worth its
+expected tokens minus its time times the pace, the tokens per ms that rounds yield at the moment. What maximises that
+in each round maximises tokens per second over all of them (Dinkelbach's method for ratios, with the pace as its
+parameter), whereas the ratio within one round would treat time that is already spent as if it could be saved.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor
+
+from .accept import Accepted
+from .acceptance import Acceptance
+from .config import TreeShape
+from .costs import Costs
+from .curves import MAX_ROWS
+from .tree import DraftTree
+
+LARGEST = TreeShape(nodes=MAX_ROWS - 1, depth=10, top_k=10)
+"""What `tree = "auto"` may choose: with the root as many rows as the curves reach; paths of 11 nodes, since even at
+90 % per token only 3 of 10 paths get that far; the paper's width."""
+PROBE = (TreeShape(), TreeShape(0), TreeShape(7, 4, 10), TreeShape(0), LARGEST)
+"""The first rounds on a machine without curves. They decode like any round, so measuring costs almost nothing."""
+
+_DEPTHS = (1, 2, 3, 4, 6, 8, 11)  # chosen ahead: few kinds of round, since each may be captured as a graph
+_LOOK_DEEPER = 8  # rounds
+_PACE = 0.97  # share of the sums behind the pace that a round leaves
+_TREND = 0.8  # likewise for the advantage of trees in expected tokens, and for their size
+_PROOF = 0.97  # likewise for the advantage in real tokens
+_PROVEN = 20.0  # rounds after which the real advantage counts
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 4, 64  # tokens
+_LOOK_SHARE = 0.02  # of the time of plain decoding that looks may take
+_LOOK_NODES = 7  # largest tree that a look verifies against its own judgement
+_LOOK_COST = 1.25  # most that its verification may cost, in plain ones
+_SPARE_NODES = (1.5, 4)  # times and plus what was verified of late: a smaller tree has narrower levels
+_LOOKAHEAD = 3  # levels that the next one is judged together with
+_RETENTION = (0.7, 1.0)  # of a level's probability in the next, and the weight of this guess, before rounds say more
+
+
+class Experience:
+    """What rounds of one kind (greedy or sampled) have shown of one draft on one target; shared by calls."""
+
+    def __init__(self) -> None:
+        self.acceptance = Acceptance()
+        self.probed = 0  # rounds of `PROBE` done
+        self.tokens = self.ms = 0.0  # of rounds with a tree: the pace
+        self.advantage: float | None = None  # of a tree over plain decoding, in tokens a round; expected
+        self.proof = self.proofs = 0.0  # the same in real tokens: sum and number of rounds
+        self.nodes = float(LARGEST.nodes)  # verified in trees of late
+        self.pause = self.wait = 0  # tokens: of plain decoding between two looks, and until the next
+        levels = LARGEST.levels + 1
+        self.mass, self.kept = np.full(levels, _RETENTION[1]), np.full(levels, _RETENTION[0] * _RETENTION[1])
+        self.worths: dict[int, float] = {}  # by levels: what their tree was worth, for depths chosen ahead
+        self.planned = 0  # rounds since one was deeper than seemed best
+
+
+class Controller:
+    """What the loop asks: here the answers for a fixed shape.
+
+    Attributes:
+        largest: no tree exceeds this shape.
+    """
+
+    def __init__(self, shape: TreeShape) -> None:
+        self.largest = shape
+
+    keep_going: Callable[[int, Tensor, Tensor], bool] | None = None
+    """Asked by a draft on the CPU after each level, with all candidates so far: whether to grow another."""
+
+    def plan(self, most: TreeShape, context: int, waiting: int, remaining: int) -> TreeShape:
+        """The shape to grow in this round.
+
+        Args:
+            most: what target, draft and answer allow.
+            context: positions in the target's cache.
+            waiting: tokens that the draft has to catch up with.
+            remaining: tokens that the answer may still get.
+        """
+        return most
+
+    def choose(self, tree: DraftTree) -> int:
+        """How many of the tree's best nodes to verify."""
+        return tree.num_nodes
+
+    def learn(self, tree: DraftTree, accepted: Accepted, draft_ms: float, verify_ms: float, round_ms: float) -> None:
+        """Enter what the round took and gave."""
+
+
+class AutoController(Controller):
+    """Sizes trees by costs and experience; one per call.
+
+    Args:
+        costs, experience: what is known, shared by calls and improved by this one.
+        on_host: whether the draft is on the CPU and asks `keep_going`; elsewhere the depth is chosen ahead.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        costs: Costs,
+        experience: Experience,
+        on_host: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        super().__init__(LARGEST)
+        self._costs, self._experience, self._on_host, self._clock = costs, experience, on_host, clock
+        if on_host:
+            self.keep_going = self._keep_going
+        self._forced = self._looks = False
+        self._starts, self._usual = True, LARGEST.levels
+        self._plan, self._context, self._waiting = LARGEST, 0, 0
+
+    def plan(self, most: TreeShape, context: int, waiting: int, remaining: int) -> TreeShape:
+        """The shape to grow in this round; no nodes: decode plainly."""
+        experience = self._experience
+        self._context, self._waiting, self._forced = context, waiting, False
+        with self._costs.lock:
+            if self._starts:
+                self._look_early(waiting, remaining)
+            self._looks = experience.pause > 0
+            if most.nodes == 0 or (experience.wait > 0 and not self._probes()):
+                self._plan = TreeShape(0, 0, most.top_k)
+            elif self._probes():
+                probe = PROBE[experience.probed]
+                experience.probed += 1
+                self._forced, self._plan = True, _within(probe, most)
+            else:
+                self._plan = self._free(most, waiting, remaining)
+            if self._plan.nodes:
+                self._open()
+            return self._plan
+
+    def _look_early(self, waiting: int, remaining: int) -> None:
+        """A new answer is new text: shorten the pause, if a look costs little of what the answer will take."""
+        self._starts, rows = False, self._costs.table(self._context)
+        look = waiting * self._costs.row.value + self._costs.draft_ms(1) + float(rows[_LOOK_NODES + 1] - rows[1])
+        if look < _LOOK_SHARE * remaining * self._costs.plain_ms(self._context):
+            self._experience.wait = min(self._experience.wait, _SHORTEST_PAUSE)
+
+    def _probes(self) -> bool:
+        return not self._costs.measured and self._experience.probed < len(PROBE)
+
+    def _free(self, most: TreeShape, waiting: int, remaining: int) -> TreeShape:
+        """What to grow when nothing forbids it."""
+        plain, pace = self._plain_pace(), self._pace()
+        if waiting > 2 * MAX_ROWS and self._experience.ms:  # a prompt: will the answer make up for reading it?
+            saved = remaining * (1 / plain - 1 / pace)
+            if saved < waiting * self._costs.row.value:
+                return TreeShape(0, 0, most.top_k)
+        if not self._on_host:
+            return most.clipped(self._levels_ahead(most.levels, pace))
+        nodes = int(_SPARE_NODES[0] * self._experience.nodes + _SPARE_NODES[1])
+        return TreeShape(min(most.nodes, nodes), most.depth, most.top_k)
+
+    def _open(self) -> None:
+        """Get ready for a tree's levels."""
+        self._rows = self._costs.table(self._context)
+        self._price = self._pace()
+        self._times = [self._clock()]
+        self._went_on = False
+        self._seen, self._mass, self._expected = 0, 0.0, 1.0
+        self._best = np.zeros(0)
+
+    def _plain_pace(self) -> float:
+        return 1 / self._costs.plain_ms(self._context)
+
+    def _pace(self) -> float:
+        """Tokens per ms that time is worth; never less than plain decoding's."""
+        plain, experience = self._plain_pace(), self._experience
+        return max(plain, (experience.tokens + 2.0) / (experience.ms + 2.0 / plain))
+
+    def _levels_ahead(self, most: int, price: float) -> int:
+        """The depth that was worth most in past trees; now and then one more, to see what it would be worth."""
+        experience = self._experience
+        experience.planned += 1
+        possible = [levels for levels in _DEPTHS if levels <= most] or [most]
+        values = {
+            n: experience.worths[n] - n * price * self._costs.level.value for n in possible if n in experience.worths
+        }
+        if not values:  # what the first guess of a level's gain says
+            level_price = price * self._costs.level.value
+            gains = np.cumprod(np.full(max(possible), _RETENTION[0])).cumsum()
+            return max(possible, key=lambda levels: gains[levels - 1] - levels * level_price)
+        best = self._usual = max(values, key=values.__getitem__)
+        deeper = [levels for levels in possible if levels > best]
+        if deeper and not self._looks:
+            look = deeper[min(1, len(deeper) - 1)]
+            cost = (look - best) * price * self._costs.level.value
+            if experience.planned >= max(_LOOK_DEEPER, cost / _LOOK_SHARE):
+                experience.planned = 0
+                return look
+        return best
+
+    def _retention(self, level: int) -> float:
+        return float(self._experience.kept[level] / self._experience.mass[level])
+
+    def _keep_going(self, level: int, log_probs: Tensor, depths: Tensor) -> bool:
+        self._times.append(self._clock())
+        fresh = log_probs.numpy()[self._seen :]
+        self._seen = log_probs.shape[0]
+        chances = np.sort(self._experience.acceptance.probabilities(fresh, level))[: -MAX_ROWS - 1 : -1]
+        frontier = chances[: LARGEST.top_k]
+        self._learn_retention(level, float(frontier.sum()))
+        self._best = np.sort(np.concatenate((self._best, chances)))[:-MAX_ROWS:-1]
+        self._went_on = level < self._plan.levels and (self._forced or self._pays(level, frontier))
+        return self._went_on
+
+    def _learn_retention(self, level: int, mass: float) -> None:
+        if level > 1 and self._mass > 0:
+            with self._costs.lock:
+                experience = self._experience
+                experience.kept[level - 1] = _PACE * experience.kept[level - 1] + mass
+                experience.mass[level - 1] = _PACE * experience.mass[level - 1] + self._mass
+        self._mass = mass
+
+    def _pays(self, level: int, frontier: np.ndarray) -> bool:
+        """Whether one of the next levels is expected to be worth more than the time until it is there."""
+        price, level_price = self._price, self._price * self._costs.level.value
+        if float(frontier.sum()) <= level_price:  # not even if every frontier node had a certain child
+            return False
+        rows = price * self._rows[1:]  # by number of nodes, in tokens
+        now = _worth(self._best, rows)
+        best, ahead = self._best, frontier
+        for step in range(1, min(_LOOKAHEAD, self._plan.levels - level) + 1):
+            ahead = ahead * self._retention(min(level + step - 1, len(self._experience.mass) - 1))
+            best = np.sort(np.concatenate((best, ahead)))[:-MAX_ROWS:-1]
+            if _worth(best, rows) - step * level_price > now:
+                return True
+        return False
+
+    def choose(self, tree: DraftTree) -> int:
+        """How many of the tree's best nodes are worth their verification."""
+        chances, depths = self._chances(tree)
+        nodes = tree.num_nodes if self._forced else self._best_number(chances)
+        if not self._on_host:
+            self._learn_depths(chances, depths)
+        self._expected = 1.0 + float(chances[:nodes].sum())
+        return nodes
+
+    def _best_number(self, chances: np.ndarray) -> int:
+        """Nodes worth verifying, of nodes with these chances (N,)."""
+        values = np.concatenate(((0.0,), chances.cumsum())) - self._price * self._rows[1 : len(chances) + 2]
+        nodes = int(values.argmax())
+        return max(nodes, self._look_nodes(len(chances))) if self._looks else nodes
+
+    def _learn_depths(self, chances: np.ndarray, depths: np.ndarray) -> None:
+        """Enter what this tree would have been worth with fewer levels, for `_levels_ahead`."""
+        worths = self._experience.worths
+        with self._costs.lock:
+            for levels in _DEPTHS:
+                if levels <= self._plan.levels:
+                    worth = _worth(chances[depths <= levels], self._price * self._rows[1:])
+                    share = 0.1 if levels <= self._usual else 0.4  # these are seen seldom
+                    worths[levels] = (1 - share) * worths.get(levels, worth) + share * worth
+
+    def _chances(self, tree: DraftTree) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) chances of acceptance of the tree's nodes, in the draft's order, and their depths."""
+        log_probs, depths = _nodes(tree)
+        order = np.argsort(-log_probs, kind="stable")
+        log_probs, depths = log_probs[order], depths[order]
+        return self._experience.acceptance.probabilities(log_probs, depths), depths
+
+    def _look_nodes(self, most: int) -> int:
+        """Nodes to verify in a look, whatever they promise, since only verified nodes teach."""
+        rows = self._rows
+        cheap = [n for n in range(1, min(most, _LOOK_NODES) + 1) if rows[n + 1] <= _LOOK_COST * rows[1]]
+        return max(cheap, default=min(most, 1))
+
+    def learn(self, tree: DraftTree, accepted: Accepted, draft_ms: float, verify_ms: float, round_ms: float) -> None:
+        """Enter what the round took and gave."""
+        drafted, tokens = self._plan.nodes > 0, len(accepted.tokens)
+        with self._costs.lock:
+            self._learn_costs(tree, tokens, draft_ms, verify_ms, round_ms)
+            if drafted and not accepted.finished:  # what follows an answer's last token was not asked for
+                self._judge(tree, tokens)
+                self._learn_nodes(tree, accepted)
+            elif not drafted:
+                self._experience.wait -= tokens
+
+    def _levels_grown(self) -> int:
+        if self._on_host and len(self._times) > 1:
+            return len(self._times) - 1 + self._went_on
+        return self._plan.levels
+
+    def _learn_costs(self, tree: DraftTree, tokens: int, draft_ms: float, verify_ms: float, round_ms: float) -> None:
+        costs = self._costs
+        costs.learn_verify(tree.num_nodes + 1, self._context, verify_ms)
+        costs.learn_rest(tree.num_nodes > 0, tokens, round_ms - draft_ms - verify_ms)
+        if self._plan.nodes:
+            levels, level_ms = self._levels_grown(), None
+            if len(self._times) > 2:
+                level_ms = 1e3 * (self._times[-1] - self._times[1]) / (len(self._times) - 2)
+            costs.learn_draft(self._waiting, levels, draft_ms, level_ms)
+
+    def _judge(self, tree: DraftTree, tokens: int) -> None:
+        """Compare this round with plain decoding; pause trees when they do not pay, resume when a look says so."""
+        experience, costs, plain = self._experience, self._costs, self._plain_pace()
+        extra = costs.tree.value if tree.num_nodes else 0.0
+        ms = costs.draft_ms(self._levels_grown()) + float(self._rows[tree.num_nodes + 1]) + costs.overhead.value + extra
+        experience.tokens, experience.ms = _PACE * experience.tokens + tokens, _PACE * experience.ms + ms
+        experience.proof = _PROOF * experience.proof + tokens - ms * plain
+        experience.proofs = _PROOF * experience.proofs + 1
+        advantage = self._expected - ms * plain
+        if self._forced:
+            return
+        experience.nodes = _TREND * experience.nodes + (1 - _TREND) * tree.num_nodes
+        if self._looks:
+            if advantage > 0:
+                experience.pause, experience.advantage = 0, advantage
+                experience.proof = experience.proofs = 0.0
+            else:
+                experience.pause = min(2 * experience.pause, self._longest_pause(ms * plain - 1.0))
+                experience.wait = experience.pause
+            return
+        before = advantage if experience.advantage is None else experience.advantage
+        experience.advantage = _TREND * before + (1 - _TREND) * advantage
+        if experience.advantage < 0 or (experience.proofs > _PROVEN and experience.proof < 0):
+            experience.pause = experience.wait = _SHORTEST_PAUSE
+
+    @staticmethod
+    def _longest_pause(look: float) -> int:
+        """Tokens between looks that cost `look` tokens' time each more than plain rounds."""
+        return max(_LONGEST_PAUSE, int(look / _LOOK_SHARE))
+
+    def _learn_nodes(self, tree: DraftTree, accepted: Accepted) -> None:
+        """Count which verified nodes were accepted."""
+        experience = self._experience
+        if tree.num_nodes:
+            log_probs, depths = _nodes(tree)
+            kept = np.zeros(tree.num_nodes + 1, dtype=bool)
+            kept[list(accepted.path)] = True
+            experience.acceptance.learn(log_probs, depths, kept[1:])
+
+
+def _nodes(tree: DraftTree) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) log-probabilities and depths of the proposed nodes."""
+    return tree.log_probs.numpy()[0, 1:], tree.depths.numpy()[0, 1:]
+
+
+def _within(shape: TreeShape, most: TreeShape) -> TreeShape:
+    """The part of `shape` that `most` allows."""
+    if shape.nodes == 0 or most.nodes == 0:
+        return TreeShape(0, 0, most.top_k)
+    return TreeShape(min(shape.nodes, most.nodes), min(shape.depth, most.depth), min(shape.top_k, most.top_k))
+
+
+def _worth(chances: np.ndarray, rows: np.ndarray) -> float:
+    """Expected accepted tokens minus the price of their verification, at the best number of nodes.
+
+    Args:
+        chances: (C,) of the nodes, surest first.
+        rows: (R,) price in tokens of verifying 0, 1, 2, ... nodes.
+    """
+    gains = chances[: len(rows) - 1].cumsum()
+    return max(float((gains - rows[1 : len(gains) + 1]).max(initial=-np.inf)), -float(rows[0]))

@@ -1,0 +1,119 @@
+"""How a session computes the rows of its draft: the committed ones, and a tree's behind them.
+
+`FusionSteps` writes the network's own rows into preallocated buffers; `LanguageModelSteps` runs any causal LM of
+transformers with its cache and masks. A tree's rows are forgotten by being written over.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .blocks import Rotation
+from .modeling import DovetailAssistantModel
+from .rows import RowBuffer
+
+_CHUNK = 256
+"""Committed rows computed at a time, so that the mask of a long prompt stays small."""
+
+
+class FusionSteps:
+    """The network's own rows in a `RowBuffer`; a `levels.Stepper` for the host.
+
+    Args:
+        draft: a draft that reads features.
+        buffer: where keys and values live.
+
+    Attributes:
+        start: position of the first row. held: committed rows.
+    """
+
+    def __init__(self, draft: DovetailAssistantModel, buffer: RowBuffer) -> None:
+        self._draft, self.buffer = draft, buffer
+        self.start = self.held = 0
+        self._tree = self._level = 0  # rows and levels of the tree so far
+        self._least = torch.finfo(draft.dtype).min
+
+    def catch_up(self, tokens: Tensor, features: Tensor) -> Tensor:
+        """Compute committed rows: tokens (1, T), features (1, T, h); return the last one's hidden state (1, 1, h)."""
+        for part, inputs in zip(tokens.split(_CHUNK, dim=1), features.split(_CHUNK, dim=1), strict=True):
+            count, mask = part.shape[1], None
+            if count > 1:
+                mask = inputs.new_full((1, 1, count, self.held + count), self._least).triu_(self.held + 1)
+            self.buffer.reserve(self.held + count)
+            store, rotation = self.buffer.at(self.held, count), self._rotation(self.held, count)
+            hidden = self._draft.step(part, inputs, rotation, mask, store)
+            self.held += count
+        return hidden[0, -1:].unsqueeze(0)  # not hidden[:, -1:]: its strides cost the next product its fast path
+
+    def level(self, tokens: Tensor, hidden: Tensor, visible: Tensor) -> Tensor:
+        """See `levels.Stepper`; on the host only."""
+        count, first = tokens.shape[1], self.held + self._tree
+        self.buffer.reserve(first + count)
+        mask = hidden.new_zeros(1, 1, count, first + count)
+        mask[0, 0, :, self.held :].masked_fill_(~visible, self._least)
+        store, rotation = self.buffer.at(first, count), self._rotation(self.held + self._level, 1)
+        self._tree += count
+        self._level += 1
+        return self._draft.step(tokens, hidden, rotation, mask, store)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `levels.Stepper`."""
+        return self._draft.logits(hidden)
+
+    def forget(self) -> None:
+        """Drop the tree's rows: the next rows are written over them."""
+        self._tree = self._level = 0
+
+    def _rotation(self, row: int, count: int) -> Rotation:
+        """The rotation of `count` positions from row `row`'s on."""
+        first = self.start + row
+        cos, sin = self._draft.rotary.table(first + count, self._draft.device, self._draft.dtype)
+        return cos[:, first : first + count], sin[:, first : first + count]
+
+
+class LanguageModelSteps:
+    """A wrapped causal LM's rows in its cache; a `levels.Stepper` for the host and for devices.
+
+    Args:
+        draft: a draft with `fusion="none"`.
+        capacity: positions to reserve in the cache; a hint.
+
+    Attributes:
+        start: position of the first row. held: committed rows.
+    """
+
+    def __init__(self, draft: DovetailAssistantModel, capacity: int) -> None:
+        self._draft, self._device = draft, draft.device
+        self.cache, self._mask = draft.new_cache(capacity), draft.mask_builder()
+        self.start = self.held = self._level = 0
+        self._slots = torch.arange(0, device=self._device)  # (R,) in the sequence, of the tree's rows so far
+
+    def catch_up(self, tokens: Tensor, features: None) -> Tensor:
+        """Compute the committed rows of (1, T) tokens; return the last one's hidden state (1, 1, h)."""
+        keys = torch.arange(self.held + tokens.shape[1], device=self._device).unsqueeze(0)
+        slots = keys[:, self.held :]
+        hidden = self._step(tokens, slots, keys, keys[:, None, :] <= slots[:, :, None])
+        self.held += tokens.shape[1]
+        return hidden[:, -1:]
+
+    def level(self, tokens: Tensor, hidden: Tensor, visible: Tensor) -> Tensor:
+        """See `levels.Stepper`."""
+        here = torch.full_like(tokens, self.held + self._level)
+        self._slots = torch.cat((self._slots, here[0]))
+        self._level += 1
+        committed = visible.new_ones(len(visible), self.held)
+        keys = torch.cat((torch.arange(self.held, device=self._device), self._slots)).unsqueeze(0)
+        return self._step(tokens, here, keys, torch.cat((committed, visible), dim=1).unsqueeze(0))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `levels.Stepper`."""
+        return self._draft.logits(hidden)
+
+    def forget(self) -> None:
+        """Drop the tree's rows."""
+        self.cache.truncate(self.held)
+        self._slots, self._level = self._slots[:0], 0
+
+    def _step(self, tokens: Tensor, slots: Tensor, keys: Tensor, allowed: Tensor) -> Tensor:
+        return self._draft(tokens, None, self.start + slots, self._mask(allowed, slots, keys), self.cache)

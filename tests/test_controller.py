@@ -1,0 +1,360 @@
+"""The choice of a tree, without a clock: against brute force on recorded rounds, on machines made up of numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hf_dovetail import TreeShape
+from hf_dovetail.accept import Accepted
+from hf_dovetail.acceptance import Acceptance
+from hf_dovetail.controller import LARGEST, PROBE, AutoController, Experience
+from hf_dovetail.costs import WINDOW, Costs, Estimate
+from hf_dovetail.curves import MAX_ROWS, ROW_POINTS, CostCurves
+from hf_dovetail.decode import Round
+from hf_dovetail.demo import load_pair
+from hf_dovetail.tree import DraftTree
+
+ROWS = tuple(range(1, MAX_ROWS + 1))
+MACHINES: dict[str, Callable[[int], float]] = {
+    "flat": lambda rows: 10.0,
+    "memory-bound": lambda rows: 10.0 + 0.15 * (rows - 1),
+    "linear": lambda rows: 10.0 + 1.0 * (rows - 1),
+    "steps": lambda rows: 10.0 if rows <= 4 else 15.0 if rows <= 16 else 25.0,
+    "every row costs a pass": lambda rows: 10.0 * rows,
+}
+DRAFTS = {"fast": (0.15, 0.1), "medium": (0.8, 0.5), "slow": (3.0, 2.0)}
+
+
+def machine(name: str, draft: str) -> CostCurves:
+    first_ms, level_ms = DRAFTS[draft]
+    return CostCurves(ROWS, (0,), (tuple(MACHINES[name](rows) for rows in ROWS),), first_ms, 0.01, level_ms)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One round of the pair in the package: everything it drafted in 11 levels, and what was right of it."""
+
+    tree: DraftTree
+    right: frozenset[int]
+
+    @lru_cache(maxsize=16)  # noqa: B019  few rounds, for the length of the tests
+    def grown(self, levels: int) -> DraftTree:
+        """What a draft that stops after so many levels proposes; tokens are the nodes' numbers in `tree`."""
+        kept = (self.tree.depths[0] <= levels).nonzero().flatten()
+        places = torch.zeros(self.tree.num_nodes + 1, dtype=torch.long)
+        places[kept] = torch.arange(len(kept))
+        parents = self.tree.parents[0][kept]
+        parents = torch.where(parents < 0, parents, places[parents.clamp(min=0)])
+        tree = DraftTree(kept[None], parents[None], self.tree.log_probs[:, kept])
+        return tree.trimmed(LARGEST.nodes)
+
+    def path(self, tree: DraftTree) -> tuple[int, ...]:
+        return tuple(place for place, node in enumerate(tree.tokens[0].tolist()) if node in self.right)
+
+
+@pytest.fixture(scope="module")
+def records() -> dict[str, list[Recorded]]:
+    """Rounds of real text: greedy ones, in which the draft is good, and sampled ones, in which it is not."""
+    target, draft, tokenizer = load_pair()
+    draft.draft_device, draft.tree = "cpu", TreeShape(nodes=150, depth=10, top_k=10)
+    lines = (Path(__file__).parent / "data" / "humaneval_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts, records = [json.loads(line)["prompt"] for line in lines][5::20], {}
+    for kind in ("greedy", "sampled"):
+        rounds: list[Round] = []
+        draft.watch = rounds.append
+        for seed, prompt in enumerate(prompts):
+            torch.manual_seed(seed)
+            length = {"max_new_tokens": 90, "min_new_tokens": 90, "do_sample": kind == "sampled"}
+            target.generate(**tokenizer(prompt, return_tensors="pt"), assistant_model=draft, **length)
+        full = [r for r in rounds if r.tree.num_nodes > 60 and not r.accepted.finished]
+        assert len(full) > 80
+        records[kind] = [Recorded(r.tree, frozenset(r.accepted.path)) for r in full]
+    return records
+
+
+@pytest.fixture
+def recorded(records: dict[str, list[Recorded]]) -> list[Recorded]:
+    """The greedy ones."""
+    return records["greedy"]
+
+
+def round_ms(curves: CostCurves, levels: int, nodes: int) -> float:
+    return (curves.first_ms + (levels - 1) * curves.level_ms if levels else 0.0) + curves.verify_ms(nodes + 1, 0)
+
+
+def brute_force(rounds: list[Recorded], curves: CostCurves) -> float:
+    """Tokens per ms of the best fixed shape: every depth, every number of nodes, knowing all rounds."""
+    best = 1 / curves.verify_ms(1, 0)
+    for levels in range(1, LARGEST.levels + 1):
+        trees = [r.grown(levels) for r in rounds]
+        hits = np.zeros(LARGEST.nodes + 1)
+        for r, tree in zip(rounds, trees, strict=True):
+            order = torch.argsort(tree.log_probs[0, 1:], descending=True, stable=True).tolist()
+            right = [tree.tokens[0, place + 1].item() in r.right for place in order]
+            hits += np.cumsum([1, *right, *[0] * (LARGEST.nodes - len(right))])
+        for nodes in range(1, LARGEST.nodes + 1):
+            best = max(best, hits[nodes] / (len(rounds) * round_ms(curves, levels, nodes)))
+    return best
+
+
+@dataclass
+class Played:
+    """What a controller did with the rounds."""
+
+    tokens: int = 0
+    ms: float = 0.0
+    plain: int = 0
+    nodes: int = 0
+    levels: int = 0
+
+    @property
+    def pace(self) -> float:
+        return self.tokens / self.ms
+
+
+def play(
+    rounds: list[Recorded], curves: CostCurves, experience: Experience, on_host: bool = True, remaining: int = 1000
+) -> Played:
+    """Let a controller size the trees of these rounds at these costs, as the loop would."""
+    controller = AutoController(Costs(curves, learns=False), experience, on_host, clock=lambda: 0.0)
+    played = Played()
+    for r in rounds:
+        shape = controller.plan(LARGEST, 0, 3, remaining)
+        levels, tree = 0, DraftTree.root_only(torch.zeros(1, 1, dtype=torch.long))
+        if shape.nodes:
+            levels = 1 if on_host else shape.levels
+            while on_host and levels < shape.levels:
+                known = (r.tree.depths[0, 1:] <= levels).nonzero().flatten()
+                by_level = known[torch.argsort(r.tree.depths[0, 1:][known], stable=True)]
+                found, depths = r.tree.log_probs[0, 1:][by_level], r.tree.depths[0, 1:][by_level]
+                if not controller.keep_going(levels, found, depths):
+                    break
+                levels += 1
+            tree = r.grown(levels)
+            tree = tree.trimmed(controller.choose(tree))
+        path = r.path(tree)
+        controller.learn(tree, Accepted(path, path, False), 1.0, 1.0, 2.0)
+        played.tokens += len(path)
+        played.ms += round_ms(curves, levels, tree.num_nodes)
+        played.plain += shape.nodes == 0
+        played.nodes += tree.num_nodes
+        played.levels += levels
+    return played
+
+
+@pytest.mark.parametrize("kind", ["greedy", "sampled"])
+@pytest.mark.parametrize(
+    ("draft", "on_host", "share"),
+    [
+        ("fast", True, 0.97),
+        ("medium", True, 0.97),
+        ("slow", True, 0.97),
+        ("fast", False, 0.93),
+        ("medium", False, 0.85),
+    ],
+)
+@pytest.mark.parametrize("name", MACHINES)
+def test_as_fast_as_the_best_fixed_shape_that_brute_force_finds(
+    name: str, draft: str, on_host: bool, share: float, kind: str, records: dict[str, list[Recorded]]
+) -> None:
+    """The sweep knows every outcome and has 341 shapes to choose from; the controller has two passes to learn.
+
+    Chosen ahead, where growth cannot stop early, the depth is worth less. Plain decoding is hardly undercut ever.
+    """
+    recorded, curves, experience = records[kind], machine(name, draft), Experience()
+    order = np.random.default_rng(0).permutation(len(recorded))
+    mixed = [recorded[i] for i in order]
+    first = play(mixed, curves, experience, on_host)
+    later = play(mixed, curves, experience, on_host)
+    best = brute_force(recorded, curves)
+    assert later.pace > share * best, later.pace / best
+    assert min(first.pace, later.pace) > 0.93 / curves.verify_ms(1, 0)
+
+
+def test_the_machine_decides_the_tree(recorded: list[Recorded]) -> None:
+    """Guards a controller that ignores its curves: more rows where they are free, more levels where they are cheap."""
+    nodes = {name: play(recorded, machine(name, "fast"), Experience()).nodes for name in MACHINES}
+    assert nodes["flat"] > 2 * nodes["memory-bound"] > 4 * nodes["linear"] > 0
+    assert nodes["every row costs a pass"] < 0.2 * len(recorded)
+    levels = [play(recorded, machine("flat", draft), Experience()).levels for draft in ("fast", "medium", "slow")]
+    assert levels[0] > levels[1] > levels[2] > 0
+
+
+@pytest.mark.parametrize("draft", ["fast", "medium"])
+@pytest.mark.parametrize("name", MACHINES)
+def test_a_draft_that_is_never_right_is_left_alone(name: str, draft: str, recorded: list[Recorded]) -> None:
+    """A confident draft whose every node is rejected: at least 0.93 of plain speed at first, 0.97 soon."""
+    wrong = [Recorded(r.tree, frozenset({0})) for r in recorded]
+    curves, experience = machine(name, draft), Experience()
+    plain = 1 / curves.verify_ms(1, 0)
+    assert play(wrong, curves, experience).pace > 0.93 * plain
+    play(wrong, curves, experience)
+    later = play(wrong, curves, experience)
+    assert later.pace > 0.97 * plain
+    assert later.plain < len(wrong)  # it still looks
+    assert later.plain > 0.9 * len(wrong) or round_ms(curves, 1, 1) < 1.02 / plain  # where trees cost something
+
+
+def test_trees_come_back_when_the_draft_is_right_again(recorded: list[Recorded]) -> None:
+    """Guards a back-off that never ends, and counts that forbid what would correct them."""
+    curves, experience = machine("memory-bound", "medium"), Experience()
+    wrong = [Recorded(r.tree, frozenset({0})) for r in recorded]
+    for _ in range(3):
+        play(wrong, curves, experience)
+    assert experience.pause >= 32
+    for _ in range(6):
+        last = play(recorded, curves, experience)
+    assert experience.pause == 0
+    assert last.plain < 0.1 * len(recorded)
+    assert last.pace > 0.95 * brute_force(recorded, curves)
+
+
+def test_a_prompt_is_only_read_by_the_draft_for_an_answer_that_pays(recorded: list[Recorded]) -> None:
+    """Guards short answers behind long prompts: catching up must not cost more than trees will save."""
+    curves = machine("memory-bound", "fast")
+    experience = Experience()
+    play(recorded, curves, experience)
+    for remaining, pays in ((4, False), (200, True)):
+        controller = AutoController(Costs(curves, learns=False), experience)
+        assert (controller.plan(LARGEST, 4000, 4000, remaining).nodes > 0) == pays
+
+
+def test_the_first_rounds_on_an_unknown_machine_probe_it() -> None:
+    """Guards a probe that wastes passes: it is made of rounds, and there is none once curves are known."""
+    experience = Experience()
+    controller = AutoController(Costs(None), experience, clock=lambda: 0.0)
+    shapes = [controller.plan(LARGEST, 0, 3, 100) for _ in PROBE]
+    assert shapes == [TreeShape(s.nodes, s.depth, s.top_k) if s.nodes else TreeShape(0, 0, 10) for s in PROBE]
+    small = AutoController(Costs(None), Experience(), clock=lambda: 0.0).plan(TreeShape(5, 1, 3), 0, 3, 100)
+    assert small == TreeShape(5, 1, 3)
+    known = AutoController(Costs(machine("flat", "fast")), Experience(), clock=lambda: 0.0)
+    assert known.plan(LARGEST, 0, 3, 100) == LARGEST
+
+
+@pytest.mark.parametrize("truth", [0.0, 0.3, 1.0])
+def test_acceptance_converges_to_the_truth(truth: float) -> None:
+    """Whatever the draft says of itself, what happens wins; nodes of another confidence keep another rate."""
+    acceptance, rng = Acceptance(), np.random.default_rng(1)
+    sure, unsure = np.log(np.full(6, 0.9)), np.log(np.full(6, 0.05))
+    log_probs, depths = np.concatenate((sure, unsure)), np.tile([1, 1, 2, 2, 4, 4], 2)
+    start = acceptance.probabilities(log_probs, depths)
+    np.testing.assert_allclose(start, np.exp(log_probs))
+    for _ in range(150):
+        hits = np.concatenate((rng.random(6) < truth, rng.random(6) < 0.05))
+        acceptance.learn(log_probs, depths, hits)
+    found = acceptance.probabilities(log_probs, depths)
+    np.testing.assert_allclose(found[:6], truth, atol=0.12)
+    np.testing.assert_allclose(found[6:], 0.05, atol=0.08)
+    assert found.min() >= 0
+    assert found.max() <= 1
+
+
+def test_acceptance_forgets_and_takes_infinite_log_probs() -> None:
+    acceptance, log_probs, depths = Acceptance(), np.log(np.full(8, 0.6)), np.full(8, 1)
+    for truth in (0.0, 1.0):
+        for _ in range(60):
+            acceptance.learn(log_probs, depths, np.full(8, bool(truth)))
+        assert abs(acceptance.probabilities(log_probs, depths)[0] - truth) < 0.35
+    broken = np.array([-np.inf, -0.1], dtype=np.float32)
+    acceptance.learn(broken, np.array([1, 2]), np.array([False, False]))
+    assert acceptance.probabilities(broken, np.array([1, 2]))[0] == 0
+
+
+def test_costs_are_learned_from_rounds_and_a_hiccup_is_not() -> None:
+    """From a guess to the machine's own curve; then one round that takes ten times as long."""
+    costs, truth = Costs(None), machine("linear", "medium")
+    for step in range(120):
+        rows = (1, 8, 16, 4)[step % 4]
+        costs.learn_verify(rows, 0, truth.verify_ms(rows, 0))
+        costs.learn_draft(3, 5, truth.first_ms + 4 * truth.level_ms, truth.level_ms)
+    before = costs.table(0).copy()
+    np.testing.assert_allclose(before[[1, 4, 8, 16]], [truth.verify_ms(r, 0) for r in (1, 4, 8, 16)], rtol=0.03)
+    assert costs.draft_ms(5) == pytest.approx(truth.first_ms + 4 * truth.level_ms, rel=0.03)
+    costs.learn_verify(8, 0, 10 * truth.verify_ms(8, 0))
+    assert 1.0 < costs.table(0)[8] / before[8] < 1.06
+    for _ in range(60):
+        costs.learn_verify(8, 0, 3 * truth.verify_ms(8, 0))
+    assert costs.table(0)[8] == pytest.approx(3 * truth.verify_ms(8, 0), rel=0.05)
+
+
+def test_drift_is_noticed_and_rescaled_away() -> None:
+    """Guards the rule: the median of 32 rounds outside 0.75 to 1.33; ten slow rounds among 32 are no drift."""
+    curves = machine("memory-bound", "medium")
+    costs = Costs(curves)
+    for step in range(WINDOW):
+        costs.learn_verify(8, 0, (5 if step < 10 else 1.1) * curves.verify_ms(8, 0))
+    assert costs.drift() is None
+    for _ in range(WINDOW):
+        costs.learn_verify(8, 0, 2 * curves.verify_ms(8, 0))
+    verify, draft = costs.drift()
+    assert (verify, draft) == (pytest.approx(2), 1)
+    costs.rescale(verify, draft)
+    assert costs.curves.verify_ms(1, 0) == pytest.approx(2 * curves.verify_ms(1, 0))
+    assert costs.curves.level_ms == curves.level_ms
+    assert costs.drift() is None
+
+
+def test_an_estimate_starts_with_what_it_sees() -> None:
+    estimate = Estimate(0.0)
+    estimate.learn(5.0)
+    assert estimate.value == 5.0
+    for _ in range(20):
+        estimate.learn(5.0)
+    estimate.learn(5000.0)
+    assert estimate.value < 5.3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rows": (2, 32)},
+        {"rows": (1, 8)},
+        {"rows": (1, 8, 8, 32)},
+        {"contexts": ()},
+        {"contexts": (5, 2)},
+        {"verify": ((1.0, 2.0),)},
+        {"verify": (tuple([0.0] * 7),)},
+        {"verify": (tuple([float("nan")] * 7),)},
+        {"level_ms": -1.0},
+        {"first_ms": float("inf")},
+    ],
+)
+def test_numbers_that_are_no_curves_are_refused(changes: dict) -> None:
+    values = {"rows": ROW_POINTS, "contexts": (0,), "verify": (tuple([1.0] * 7),)}
+    costs = {"first_ms": 1.0, "row_ms": 0.1, "level_ms": 0.5}
+    assert CostCurves(**values, **costs).verify_ms(32, 100) == 1.0
+    with pytest.raises(ValueError, match=r"cost curves|time"):
+        CostCurves(**{**values, **costs, **changes})
+
+
+def test_curves_are_bilinear() -> None:
+    line = tuple(float(rows) for rows in ROW_POINTS)
+    curves = CostCurves(ROW_POINTS, (100, 200), (line, tuple(3 * x for x in line)), 1.0, 0.1, 0.5)
+    assert [curves.verify_ms(rows, 100) for rows in (1, 3, 12, 32)] == [1, 3, 12, 32]
+    assert [curves.verify_ms(12, context) for context in (0, 150, 200, 300)] == [12, 24, 36, 60]
+    with pytest.raises(ValueError, match="from 1 to 32 rows, got 33"):
+        curves.verify_ms(33, 100)
+
+
+@pytest.mark.parametrize("nodes", [0, 1, 5, 11, 12, 40])
+def test_the_best_nodes_of_a_tree_are_a_tree(nodes: int) -> None:
+    """Guards parents that move, and ties: equally good nodes keep their order."""
+    log_probs = torch.tensor([[0.0, -0.1, -0.5, -0.5, -0.5, -0.6, -2.0, -0.7, -0.9, -3.0, -4.0, -0.5, -9.0]])
+    parents = torch.tensor([[-1, 0, 0, 1, 1, 3, 2, 5, 7, 6, 9, 3, 0]])
+    tree = DraftTree(torch.arange(13)[None] + 50, parents, log_probs)
+    small = tree.trimmed(nodes)
+    kept = min(nodes, 12)
+    assert small.num_nodes == kept
+    order = sorted(range(1, 13), key=lambda node: -log_probs[0, node])[:kept]
+    assert small.tokens[0].tolist() == [50] + [50 + node for node in sorted(order)]
+    for node, parent in enumerate(small.parents[0].tolist()[1:], start=1):
+        assert small.tokens[0, parent] - 50 == parents[0, small.tokens[0, node] - 50]
+    assert small.log_probs[0].tolist() == [log_probs[0, token - 50].item() for token in small.tokens[0].tolist()]

@@ -1,0 +1,221 @@
+"""A round in fixed shapes, as a graph would hold it, against the host's; and who may use a draft's kept buffers."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_draft import eagle_2, features_of, from_scratch, paths
+from test_draft import made as made_in_float32
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_dovetail import DovetailAssistantModel, TreeShape, graphs, rows
+from hf_dovetail.draft import DraftSession
+from hf_dovetail.tree import DraftTree
+
+COMMITS = (11, 1, 4, 2, 9, 1, 3, 20, 5, 2)
+"""Rows committed before each round; 20 are more than a fixed round computes."""
+
+
+def made(kind: str, family: str, blocks: int = 1) -> tuple[PreTrainedModel, DovetailAssistantModel]:
+    """A target and a random draft in float64: what differs by more than nothing is wrong."""
+    target, draft = made_in_float32(kind, family, blocks)
+    return target.double(), tiny.met(draft.double(), target)
+
+
+class Answer:
+    """One sequence, drafted for by sessions that are given the same commits."""
+
+    def __init__(self, target: Any, draft: DovetailAssistantModel, seed: int = 3) -> None:
+        self.draft, self.ids = draft, tiny.prompt(1 + sum(COMMITS), seed)
+        self.features = features_of(target, self.ids)
+
+    def rounds(self, session: DraftSession, shapes: list[TreeShape]) -> list[DraftTree]:
+        """The tree of every round."""
+        session.begin(self.ids[:, :1], 0)
+        return [self.round(session, turn, shape) for turn, shape in enumerate(shapes)]
+
+    def round(self, session: DraftSession, turn: int, shape: TreeShape) -> DraftTree:
+        known, count = 1 + sum(COMMITS[:turn]), COMMITS[turn]
+        session.commit(self.ids[:, known : known + count], self.features[:, known - 1 : known + count - 1])
+        return DraftTree.unpack(self.ids[:, known + count - 1 : known + count], session.grow(shape))
+
+
+def assert_same(found: list[DraftTree], expected: list[DraftTree]) -> None:
+    """The same nodes under the same parents in the same order, and the same log-probabilities."""
+    for one, other in zip(found, expected, strict=True):
+        assert one.tokens.tolist() == other.tokens.tolist()
+        assert one.parents.tolist() == other.parents.tolist()
+        torch.testing.assert_close(one.log_probs, other.log_probs, rtol=1e-6, atol=1e-5)
+
+
+def replaying(session: DraftSession, monkeypatch: Any) -> list[str]:
+    """Let a session capture and replay as on a GPU: a replay computes from what lay in the inputs' tensors."""
+    log: list[str] = []
+
+    class Graph:
+        def __init__(self, compute: Callable[[], Tensor], packed: Tensor) -> None:
+            self.compute, self.packed = compute, packed
+
+        def replay(self) -> None:
+            log.append("replay")
+            self.packed.copy_(self.compute())
+
+        def pool(self) -> tuple[int, int]:
+            return 0, 0
+
+    def capture(compute: Callable[[], Tensor], *rest: Any) -> tuple[Graph, Tensor]:
+        log.append("capture")
+        packed = compute()
+        return Graph(compute, packed), packed
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    session._rounds._bench.captures = True
+    return log
+
+
+@pytest.mark.parametrize("shape", [TreeShape(12, 3, 3), TreeShape(4, 6, 1), TreeShape(9, 0, 9), TreeShape(16, 7, 10)])
+@pytest.mark.parametrize(("family", "blocks"), [("llama", 2), ("gemma2", 1), ("gpt2", 3)])
+def test_fixed_shapes_grow_the_hosts_tree(
+    family: str, blocks: int, shape: TreeShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards padding, masks over an extent, positions and buffers that grow, with replays in between."""
+    monkeypatch.setattr(rows, "EXTENT", 16)
+    target, draft = made("dgf", family, blocks)
+    answer, shapes = Answer(target, draft), [shape] * len(COMMITS)
+    expected = answer.rounds(DraftSession(draft), shapes)
+    fixed = DraftSession(draft, on_host=False)
+    log = replaying(fixed, monkeypatch)
+    found = answer.rounds(fixed, shapes)
+    assert_same(found, expected)
+    assert fixed._rounds._bench.buffer.capacity > 64
+    assert not log or log[0] == "capture"
+    last = eagle_2(from_scratch(draft, answer.ids, answer.features[:, :-1]), shape)
+    assert set(paths(found[-1])) == set(last)
+    assert len({str(tree.tokens.tolist()) for tree in found}) > 1
+
+
+def test_a_round_is_replayed_and_a_second_answer_reuses_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards what a graph holds on to: data of the first answer must not show in the second, which captures nothing."""
+    target, draft = made("dgf", "llama", 2)
+    shapes = [TreeShape(12, 3, 3)] * len(COMMITS)
+    first = DraftSession(draft, on_host=False)
+    log = replaying(first, monkeypatch)
+    answers = [Answer(target, draft, seed) for seed in (3, 8)]
+    expected = [answer.rounds(DraftSession(draft), shapes) for answer in answers]
+    assert_same(answers[0].rounds(first, shapes), expected[0])
+    assert log == ["capture"] + ["replay"] * (len(COMMITS) - 2)
+    buffer = draft.pool.bench.buffer.states.data_ptr()
+    del first
+    second = DraftSession(draft, on_host=False)
+    assert_same(answers[1].rounds(second, shapes), expected[1])
+    assert log.count("capture") == 1
+    assert log.count("replay") == 2 * len(COMMITS) - 2
+    assert draft.pool.bench.buffer.states.data_ptr() == buffer
+    assert [tree.tokens.tolist() for tree in expected[0]] != [tree.tokens.tolist() for tree in expected[1]]
+
+
+def test_two_sessions_at_once_have_buffers_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards one draft in two threads: their rounds may come in any order."""
+    target, draft = made("dgf", "llama", 1)
+    one, two = (DraftSession(draft, on_host=False) for _ in range(2))
+    assert one._rounds._bench is draft.pool.bench is not two._rounds._bench
+    replaying(one, monkeypatch)
+    two._rounds._bench.captures = False
+    shape, answers, trees = TreeShape(8, 3, 4), [Answer(target, draft, seed) for seed in (3, 8)], [[], []]
+    for session, answer in zip((one, two), answers, strict=True):
+        session.begin(answer.ids[:, :1], 0)
+    for turn in range(len(COMMITS)):
+        for session, answer, grown in zip((one, two), answers, trees, strict=True):
+            grown.append(answer.round(session, turn, shape))
+    for answer, grown in zip(answers, trees, strict=True):
+        assert_same(grown, answer.rounds(DraftSession(draft), [shape] * len(COMMITS)))
+    del one, session
+    gc.collect()
+    assert not draft.pool.taken
+
+
+def test_kept_graphs_are_dropped_when_the_weights_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards addresses: a graph reads the weights where they lay, also when the draft has left."""
+    target, draft = made("dgf", "llama", 1)
+    kept = DraftSession(draft, on_host=False)._rounds._bench
+    assert DraftSession(draft, on_host=False)._rounds._bench is kept
+    draft.to(torch.float32).meet(target)
+    moved = DraftSession(draft, on_host=False)._rounds._bench
+    assert moved is not kept
+    assert moved.buffer.states.dtype == torch.float32
+    for other in (copy.deepcopy(draft), pickle.loads(pickle.dumps(draft))):
+        assert other.pool.bench is None
+        assert other.pool is not draft.pool
+
+
+def test_a_failed_capture_costs_nothing_but_the_graph(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """Guards the way back: capturing is tried once, and every tree is there all the same."""
+    target, draft = made("dgf", "llama", 1)
+    answer, shapes = Answer(target, draft), [TreeShape(8, 3, 4)] * len(COMMITS)
+    session, tried = DraftSession(draft, on_host=False), []
+
+    def capture(*args: object) -> None:
+        tried.append(True)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    session._rounds._bench.captures = True
+    assert_same(answer.rounds(session, shapes), answer.rounds(DraftSession(draft), shapes))
+    assert len(tried) == 1
+
+
+def test_an_overflow_in_a_tree_does_not_outlive_it() -> None:
+    """Guards rows that are masked, not absent: zero times NaN is NaN."""
+    target, draft = made("dgf", "llama", 2)
+    answer, shape = Answer(target, draft), TreeShape(8, 3, 4)
+    expected = answer.rounds(DraftSession(draft), [shape] * 3)
+    session, sound = DraftSession(draft, on_host=False), draft.step
+
+    def overflowing(tokens: Tensor, hidden: Tensor, *rest: Any) -> Tensor:
+        return sound(tokens, hidden * float("nan") if tokens.shape[1] == 4 else hidden, *rest)
+
+    session.begin(answer.ids[:, :1], 0)
+    draft.step = overflowing
+    assert answer.round(session, 0, shape).num_nodes == 8
+    del draft.step
+    assert_same([answer.round(session, turn, shape) for turn in (1, 2)], expected[1:])
+
+
+@pytest.mark.parametrize("kind", ["dgf", "lm"])
+def test_the_expansion_stops_when_it_is_told_to(kind: str) -> None:
+    """Guards `keep_going`: what it sees after each level, and the tree of the levels done."""
+    target, draft = made(kind, "llama")
+    ids = tiny.prompt(12)
+    features = features_of(target, ids)[:, :-1] if kind == "dgf" else None
+    seen: list[tuple[int, Tensor, Tensor]] = []
+
+    def grown(shape: TreeShape, keep_going: Any = None, on_host: bool = True) -> DraftTree:
+        session = DraftSession(draft, on_host=on_host)
+        session.begin(ids[:, :1], 0)
+        session.commit(ids[:, 1:], features)
+        return DraftTree.unpack(ids[:, -1:], session.grow(shape, keep_going))
+
+    def twice(level: int, log_probs: Tensor, depths: Tensor) -> bool:
+        seen.append((level, log_probs, depths))
+        return level < 2
+
+    shape = TreeShape(12, 3, 2)
+    tree = grown(shape, twice)
+    assert [level for level, *_ in seen] == [1, 2]
+    assert [len(log_probs) for _, log_probs, _ in seen] == [2, 6]
+    assert seen[1][2].tolist() == [1] * 2 + [2] * 4
+    assert (seen[1][1].dtype, seen[1][2].dtype) == (torch.float32, torch.int64)
+    assert_same([tree], [grown(TreeShape(12, 1, 2))])
+    assert int(grown(shape).depths.max()) > 2
+    assert_same([grown(shape, lambda *_: True)], [grown(shape)])
+    seen.clear()
+    grown(shape, twice, on_host=False)
+    assert not seen
