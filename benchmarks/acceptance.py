@@ -1,6 +1,7 @@
 """Tokens per round of the demo pair on held-out prompts: greedy, at temperature 1, and two controls.
 
     python benchmarks/acceptance.py [--draft FOLDER] [--prompts 100] [--name acceptance]
+    python benchmarks/acceptance.py --sharpness 1 1.3 1.7 2.2 3 --name sharpness   # greedy only, for each limit
 
 The controls are a draft with random weights (about 1 token per round) and the target as its own draft (the
 most that the shape allows). Counts every token of every answer; the prefill's token is not a round's.
@@ -17,7 +18,7 @@ from common import Tally, humaneval_prompts, write
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_dovetail import DovetailAssistantModel, TreeShape
+from hf_dovetail import DovetailAssistantModel, TreeShape, plugin
 from hf_dovetail.bench.rows import randomised
 from hf_dovetail.demo import load_pair
 
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=164)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--name", default="acceptance")
+    parser.add_argument("--sharpness", type=float, nargs="+", help="limits of `plugin.sharpness_of` to compare")
     arguments = parser.parse_args()
     target, draft, tokenizer = load_pair()
     if arguments.draft:
@@ -58,6 +60,14 @@ def main() -> None:
     for model in (draft, *controls.values()):
         model.tree = TreeShape()
     prompts, length = humaneval_prompts()[: arguments.prompts], arguments.max_new_tokens
+    if arguments.sharpness:
+        results = {}
+        for plugin.SHARPEST in arguments.sharpness:
+            found = measure(target, draft, tokenizer, prompts, length, do_sample=False)
+            results[f"greedy at {plugin.SHARPEST}"] = found
+            print(f"sharpness {plugin.SHARPEST}: {found['tokens_per_round']:.2f} tokens per round")
+        write(arguments.name, {"shape": vars(draft.tree), "max_new_tokens": length, "results": results})
+        return
     results = {
         "greedy": measure(target, draft, tokenizer, prompts, length, do_sample=False),
         "temperature_1": measure(target, draft, tokenizer, prompts, length, do_sample=True, temperature=1.0, top_k=0),

@@ -25,18 +25,21 @@ class DraftSession:
         capacity: positions to reserve in the cache; a hint.
         on_host: whether the host may look at what is found after every level: by default on the CPU only, since
             elsewhere it would stop the host once a level.
+        sharpness: what the draft's logits are multiplied by (its inverse temperature), before nodes are compared.
     """
 
-    def __init__(self, draft: DovetailAssistantModel, capacity: int = 0, on_host: bool | None = None) -> None:
+    def __init__(
+        self, draft: DovetailAssistantModel, capacity: int = 0, on_host: bool | None = None, sharpness: float = 1.0
+    ) -> None:
         self._draft, self._device = draft, draft.device
         self._on_host = self._device.type == "cpu" if on_host is None else on_host
-        self._rounds = DeviceRounds(draft, capacity) if draft.reads_features and not self._on_host else None
+        self._rounds = DeviceRounds(draft, capacity, sharpness) if draft.reads_features and not self._on_host else None
         if self._rounds is not None:
             self._steps = self._rounds.steps
         elif draft.reads_features:
-            self._steps = FusionSteps(draft, draft.new_rows(capacity))
+            self._steps = FusionSteps(draft, draft.new_rows(capacity), sharpness)
         else:
-            self._steps = LanguageModelSteps(draft, capacity)
+            self._steps = LanguageModelSteps(draft, capacity, sharpness)
         self._tokens = torch.empty(1, 0, dtype=torch.long, device=self._device)
         self._features: Tensor | None = None
 

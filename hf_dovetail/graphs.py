@@ -66,6 +66,7 @@ class FixedSteps:
         table: cos and sin of all positions that can occur.
         extent: rows of the buffer that every row looks at, most of them masked.
         end: (1,) int64, committed rows. position: (1,) int64, of the first level.
+        sharpness: of the session, see `draft.DraftSession`.
     """
 
     def __init__(
@@ -76,7 +77,9 @@ class FixedSteps:
         extent: int,
         end: Tensor,
         position: Tensor,
+        sharpness: float,
     ) -> None:
+        self._sharpness = sharpness
         self._draft, self._buffer, self._table, self._extent = draft, buffer, table, extent
         self._end, self._position = end, position
         self._least = torch.finfo(draft.dtype).min
@@ -94,7 +97,7 @@ class FixedSteps:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `levels.Stepper`."""
-        return self._draft.logits(hidden)
+        return self._draft.logits(hidden) * self._sharpness
 
     def _penalty(self, allowed: Tensor) -> Tensor:
         return torch.zeros(allowed.shape, dtype=self._draft.dtype, device=allowed.device).masked_fill_(
@@ -108,7 +111,13 @@ def looked_up(table: Rotation, positions: Tensor) -> Rotation:
 
 
 def fixed_round(
-    draft: DovetailAssistantModel, inputs: Inputs, buffer: RowBuffer, table: Rotation, extent: int, shape: TreeShape
+    draft: DovetailAssistantModel,
+    inputs: Inputs,
+    buffer: RowBuffer,
+    table: Rotation,
+    extent: int,
+    shape: TreeShape,
+    sharpness: float,
 ) -> Tensor:
     """One round: the committed rows, the levels of the tree, its re-ranking; (1, 3, N) int32.
 
@@ -124,7 +133,7 @@ def fixed_round(
     hidden = draft.step(inputs.tokens, inputs.features, rotation, mask[None, None], buffer.at_slots(slots, extent))
     root = hidden.index_select(1, inputs.count - 1)  # (1, 1, h)
     end = inputs.held + inputs.count
-    steps = FixedSteps(draft, buffer, table, extent, end, inputs.position + inputs.count)
+    steps = FixedSteps(draft, buffer, table, extent, end, inputs.position + inputs.count, sharpness)
     packed = rerank(expand_on_device(steps, root, shape), shape.nodes)
     buffer.clear(end + torch.arange(max(_ROWS, tree_rows(shape)), device=rows.device))
     return packed
@@ -143,8 +152,8 @@ class Bench:
     """Everything with a fixed address that rounds work on, and the graphs captured over it.
 
     Attributes:
-        graphs: per kind of round (shape, extent, length of the table), least recently used first: how often it ran
-            as it is, or what was captured.
+        graphs: per kind of round (shape, extent, length of the table, sharpness), least recently used first: how
+            often it ran as it is, or what was captured.
         captures: whether to capture at all; False once it has failed.
     """
 
@@ -206,10 +215,11 @@ class DeviceRounds:
         draft: a draft that reads features. Its pool's bench is used, unless another session is at it: then the
             session makes its own, for so short a time that nothing is captured.
         capacity: rows to reserve; a hint.
+        sharpness: of the session, see `draft.DraftSession`.
     """
 
-    def __init__(self, draft: DovetailAssistantModel, capacity: int) -> None:
-        self._draft = draft
+    def __init__(self, draft: DovetailAssistantModel, capacity: int, sharpness: float) -> None:
+        self._draft, self._sharpness = draft, sharpness
         owns = draft.pool.take(self, draft.addresses())
         bench = draft.pool.bench if owns else None
         if bench is None:
@@ -234,9 +244,9 @@ class DeviceRounds:
         table = draft.rotary.table(start + extent, draft.device, draft.dtype)
         bench.inputs.fill(tokens[:, early:], features[:, early:], held, start)
         packed = bench.run(
-            (shape, extent, table[0].shape[1]),
+            (shape, extent, table[0].shape[1], self._sharpness),
             table,
-            lambda: fixed_round(draft, bench.inputs, bench.buffer, table, extent, shape),
+            lambda: fixed_round(draft, bench.inputs, bench.buffer, table, extent, shape, self._sharpness),
         )
         steps.held += count
         return packed

@@ -39,7 +39,7 @@ class Stepper(Protocol):
         """
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(1, T, V) float32 logits of what follows (1, T, h) hidden states."""
+        """(1, T, V) float32 logits of what follows (1, T, h) hidden states, as sharp as the session wants them."""
 
 
 def tree_rows(shape: TreeShape) -> int:

@@ -30,6 +30,8 @@ logger = logging.get_logger(__name__)
 
 _MODES = ("greedy_search", "sample", "assisted_generation")
 _OTHER_ASSISTANTS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type")
+SHARPEST = 1.7
+"""See `sharpness_of`."""
 _PREPARED = ("past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position")
 
 
@@ -40,6 +42,7 @@ class DovetailCandidateGenerator(CandidateGenerator):
         draft: the draft.
         target: the model that verifies.
         capacity: positions to reserve in the draft's cache; a hint.
+        sharpness: how much surer the target's choice is than its distribution, see `sharpness_of`.
 
     Raises:
         ValueError: if the draft does not fit the target, or was never loaded.
@@ -47,11 +50,13 @@ class DovetailCandidateGenerator(CandidateGenerator):
 
     requires_model_outputs = True
 
-    def __init__(self, draft: DovetailAssistantModel, target: PreTrainedModel, capacity: int = 0) -> None:
+    def __init__(
+        self, draft: DovetailAssistantModel, target: PreTrainedModel, capacity: int = 0, sharpness: float = 1.0
+    ) -> None:
         self.draft, self.device = draft, draft.meet(target)
         self.reads_features = draft.reads_features
         self.model_kwargs_overrides = {"output_hidden_states": True} if self.reads_features else {}
-        self.session = DraftSession(draft, capacity)
+        self.session = DraftSession(draft, capacity, sharpness=sharpness)
         self._known = 0  # tokens of `input_ids` that the session has; for the stock loop
         self._warned = False
 
@@ -227,7 +232,8 @@ def dovetail_decoding(
         options={k: v for k, v in model_kwargs.items() if k not in _PREPARED and v is not None},
     )
     nodes = (assistant_model.tree if isinstance(assistant_model.tree, TreeShape) else LARGEST).nodes
-    drafter = DovetailCandidateGenerator(assistant_model, target, input_ids.shape[1] + nodes)
+    sharpness = sharpness_of(generation_config)
+    drafter = DovetailCandidateGenerator(assistant_model, target, input_ids.shape[1] + nodes, sharpness)
     learned, controller = _controller(assistant_model, target, generation_config.do_sample)
 
     def prefill(cache: Any) -> Any:
@@ -252,6 +258,18 @@ def dovetail_decoding(
     return GenerateDecoderOnlyOutput(
         sequences=selector.input_ids, scores=selector.scores, logits=selector.logits, past_key_values=cache
     )
+
+
+def sharpness_of(config: GenerationConfig) -> float:
+    """The inverse temperature at which a draft should rank its nodes for a target that decodes like this.
+
+    A target that samples at temperature T chooses from its distribution sharpened by 1 / T, and so should its draft.
+    Greedy decoding is T = 0, but a draft is never that sure of the target's choice: beyond `SHARPEST`, trees become
+    chains and lose more than they win (`benchmarks/acceptance.py --sharpness`).
+    """
+    if not config.do_sample:
+        return SHARPEST
+    return min(1 / (config.temperature or 1.0), SHARPEST)
 
 
 def _controller(

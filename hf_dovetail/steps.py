@@ -23,13 +23,14 @@ class FusionSteps:
     Args:
         draft: a draft that reads features.
         buffer: where keys and values live.
+        sharpness: of the session, see `draft.DraftSession`.
 
     Attributes:
         start: position of the first row. held: committed rows.
     """
 
-    def __init__(self, draft: DovetailAssistantModel, buffer: RowBuffer) -> None:
-        self._draft, self.buffer = draft, buffer
+    def __init__(self, draft: DovetailAssistantModel, buffer: RowBuffer, sharpness: float = 1.0) -> None:
+        self._draft, self.buffer, self._sharpness = draft, buffer, sharpness
         self.start = self.held = 0
         self._tree = self._level = 0  # rows and levels of the tree so far
         self._least = torch.finfo(draft.dtype).min
@@ -59,7 +60,7 @@ class FusionSteps:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `levels.Stepper`."""
-        return self._draft.logits(hidden)
+        return self._draft.logits(hidden) * self._sharpness
 
     def forget(self) -> None:
         """Drop the tree's rows: the next rows are written over them."""
@@ -78,13 +79,14 @@ class LanguageModelSteps:
     Args:
         draft: a draft with `fusion="none"`.
         capacity: positions to reserve in the cache; a hint.
+        sharpness: of the session, see `draft.DraftSession`.
 
     Attributes:
         start: position of the first row. held: committed rows.
     """
 
-    def __init__(self, draft: DovetailAssistantModel, capacity: int) -> None:
-        self._draft, self._device = draft, draft.device
+    def __init__(self, draft: DovetailAssistantModel, capacity: int, sharpness: float = 1.0) -> None:
+        self._draft, self._device, self._sharpness = draft, draft.device, sharpness
         self.cache, self._mask = draft.new_cache(capacity), draft.mask_builder()
         self.start = self.held = self._level = 0
         self._slots = torch.arange(0, device=self._device)  # (R,) in the sequence, of the tree's rows so far
@@ -108,7 +110,7 @@ class LanguageModelSteps:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `levels.Stepper`."""
-        return self._draft.logits(hidden)
+        return self._draft.logits(hidden) * self._sharpness
 
     def forget(self) -> None:
         """Drop the tree's rows."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..calibrate import calibrate
 from ..config import TreeShape
 from ..engines import ENGINES, prepare_target
 from . import llamacpp
@@ -31,6 +32,7 @@ LLAMA_ENGINES = {f"llama.cpp-{kind}": kind for kind in llamacpp.TYPES}
 ENGINE_NAMES = (*TORCH_ENGINES, *LLAMA_ENGINES)
 _AGREEMENT = 32
 _WARM_UP = 16
+_CALIBRATION_S = 4.0
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,11 @@ class Run:
         shapes = weight_shapes(target)
         prepare_target(target, engine=engine)
         rows = {row.name: row for row in self._models.rows}
+        for row in rows.values():
+            if self._wanted(row.name):
+                row.before()
+                if row.draft is not None and row.draft.tree == "auto":  # as after `hf-dovetail calibrate`
+                    calibrate(target, row.draft, progress=False, budget_s=_CALIBRATION_S)
 
         def decode(row: str, prompt: Tensor, new: int, seed: int, sampling: dict[str, Any]) -> Answer:
             return answer(target, rows[row], prompt, new, seed, **sampling)
