@@ -27,7 +27,7 @@ draft that is right 97 times in 100 reaches every other time; the paper's width.
 PROBE = (TreeShape(), TreeShape(0), TreeShape(7, 4, 10), TreeShape(0), TreeShape(MAX_ROWS - 1, 10, 10))
 """The first rounds on a machine without curves. They decode like any round, so measuring costs almost nothing."""
 
-_DEPTHS = (1, 2, 3, 4, 6, 8, 11, 15, 20)  # chosen ahead: few kinds of round, since each may be captured as a graph
+_DEPTHS = (1, 2, 3, 4, 6, 8, 12, 20)  # chosen ahead: few kinds of round, since each may be captured as a graph
 _LOOK_DEEPER = 8  # rounds
 _PACE = 0.97  # share of the sums behind the pace that a round leaves
 _TREND = 0.8  # likewise for the advantage of trees in expected tokens, and for their size

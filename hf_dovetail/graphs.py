@@ -233,7 +233,7 @@ class DeviceRounds:
 
     def grow(self, tokens: Tensor, features: Tensor, shape: TreeShape) -> Tensor:
         """Commit rows, (1, T) tokens and (1, T, h) features, and grow a tree: (1, 3, N) int32."""
-        draft, bench, steps = self._draft, self._bench, self.steps
+        draft, bench, steps, sharpness = self._draft, self._bench, self.steps, self._sharpness
         early, start = max(tokens.shape[1] - _ROWS, 0), steps.start
         if early:
             bench.reserve(steps.held + early)
@@ -244,9 +244,9 @@ class DeviceRounds:
         table = draft.rotary.table(start + extent, draft.device, draft.dtype)
         bench.inputs.fill(tokens[:, early:], features[:, early:], held, start)
         packed = bench.run(
-            (shape, extent, table[0].shape[1], self._sharpness),
+            (shape, extent, table[0].shape[1], sharpness),
             table,
-            lambda: fixed_round(draft, bench.inputs, bench.buffer, table, extent, shape, self._sharpness),
+            lambda: fixed_round(draft, bench.inputs, bench.buffer, table, extent, shape, sharpness),
         )
         steps.held += count
         return packed

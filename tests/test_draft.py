@@ -10,10 +10,11 @@ import tiny
 import torch
 from test_modeling import randomised
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
 from hf_dovetail.draft import DraftSession
+from hf_dovetail.plugin import SHARPEST, sharpness_of
 from hf_dovetail.tree import DraftTree
 
 Continuations = Callable[[tuple[int, ...]], Tensor]
@@ -35,19 +36,21 @@ def features_of(target: PreTrainedModel, ids: Tensor) -> Tensor:
     return target(ids, output_hidden_states=True).hidden_states[-1]
 
 
-def from_scratch(draft: DovetailAssistantModel, known: Tensor, features: Tensor) -> Continuations:
+def from_scratch(
+    draft: DovetailAssistantModel, known: Tensor, features: Tensor, sharpness: float = 1.0
+) -> Continuations:
     """`known` (1, n) ends with the root; `features` (1, n - 1, h) are the target's, of the tokens before it."""
 
     @torch.no_grad()
     def continuations(path: tuple[int, ...]) -> Tensor:
         tokens = torch.cat((known, torch.tensor([path], dtype=torch.long)), dim=1)
         if not draft.reads_features:
-            return draft.lm(tokens).logits[0, -1].log_softmax(-1)
+            return (sharpness * draft.lm(tokens).logits[0, -1]).log_softmax(-1)
         own = features
         for length in range(known.shape[1], tokens.shape[1] + 1):  # one more row of the draft's own in each turn
             hidden = draft(tokens[:, 1:length], own)
             own = torch.cat((features, hidden[:, features.shape[1] - 1 :]), dim=1)
-        return draft.logits(hidden)[0, -1].log_softmax(-1)
+        return (sharpness * draft.logits(hidden)[0, -1]).log_softmax(-1)
 
     return continuations
 
@@ -177,6 +180,20 @@ def test_growing_happens_on_the_device_in_one_packed_tensor(monkeypatch: Any) ->
     torch.testing.assert_close(*log_probs)
 
 
+@pytest.mark.parametrize(
+    ("sampling", "sharpness"),
+    [
+        ({"do_sample": False}, SHARPEST),
+        ({"do_sample": True}, 1.0),
+        ({"do_sample": True, "temperature": 0.8}, 1.25),
+        ({"do_sample": True, "temperature": 2.0}, 0.5),
+        ({"do_sample": True, "temperature": 0.1}, SHARPEST),
+    ],
+)
+def test_a_draft_is_as_sure_as_the_targets_way_of_choosing(sampling: dict, sharpness: float) -> None:
+    assert sharpness_of(GenerationConfig(**sampling)) == pytest.approx(sharpness)
+
+
 @pytest.mark.parametrize("case", ["fresh", "padded", "continued", "chunked"])
 @pytest.mark.parametrize(("kind", "family"), [("untrained", "llama"), ("untrained", "gemma2"), ("noisy", "mistral")])
 def test_every_tree_of_an_answer_is_drafted_from_the_answer_so_far(kind: str, family: str, case: str) -> None:
@@ -200,7 +217,8 @@ def test_every_tree_of_an_answer_is_drafted_from_the_answer_so_far(kind: str, fa
     known = ids.shape[1] + 1
     for turn in rounds:
         shape = draft.tree.clipped(answer.shape[1] - known - 1)
-        expected = eagle_2(from_scratch(draft, answer[:, start:known], features[:, : known - start - 1]), shape)
+        seen = answer[:, start:known], features[:, : known - start - 1]
+        expected = eagle_2(from_scratch(draft, *seen, sharpness=SHARPEST), shape)
         assert set(paths(turn.tree)) == set(expected)
         known += len(turn.accepted.tokens)
     assert known == answer.shape[1]
