@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 
-from hf_dovetail.bench import llamacpp, machine, widen
+from hf_dovetail.bench import llamacpp, machine, run, widen
 from hf_dovetail.bench.command import add_bench_parser
 from hf_dovetail.bench.prompts import prompt_set
 from hf_dovetail.bench.report import compare, load, ratios, table, warnings
@@ -52,6 +52,7 @@ def test_the_rows_of_a_run(result: dict[str, Any]) -> None:
     wanted = {"plain", "dovetail-fixed", "dovetail-wide-draft-fixed", "assisted-5", "lookup-10"}
     assert wanted <= set(rows)
     assert "dovetail-auto" in set(rows) | left_out
+    assert result["complete"]
     assert all(row["widened"] and row["tokens"] == 8 and len(row["samples_ms_per_token"]) == 2 for row in rows.values())
     assert all(row["identical_to_plain"] == "2 of 2" for row in rows.values())
     assert rows["plain"]["tokens_per_round"] == 1.0 < rows["dovetail-fixed"]["tokens_per_round"]
@@ -62,6 +63,27 @@ def test_the_rows_of_a_run(result: dict[str, Any]) -> None:
     hard = rows_of(result, "hard")
     assert hard["dovetail-fixed"]["identical_to_plain"] == "2 of 2"
     assert hard["dovetail-fixed"]["ms_per_token"] > 0
+
+
+def test_what_is_measured_stays_when_a_run_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare, out = run.prepare_target, tmp_path / "result.json"
+
+    def stopped(target: Any, engine: str) -> Any:
+        if engine == "onednn":
+            raise KeyboardInterrupt
+        return prepare(target, engine=engine)
+
+    monkeypatch.setattr(run, "prepare_target", stopped)
+    monkeypatch.setattr(machine, "BUFFER_BYTES", 2**20)
+    with pytest.raises(KeyboardInterrupt):
+        bench(
+            *("--widen", "none", "--dtype", "float32", "--new-tokens", "4", "--repeats", "1", "--cycles", "1"),
+            *("--prompts-per-set", "1", "--prompts", "medium", "--engines", "eager", "onednn", "--rows", "plain"),
+            *("--out", str(out)),
+        )
+    result = load(str(out))
+    assert not result["complete"]
+    assert [row["engine"] for row in result["rows"]] == ["eager"]
 
 
 def test_the_parts_and_the_ceiling(result: dict[str, Any]) -> None:

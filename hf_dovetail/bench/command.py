@@ -76,10 +76,11 @@ def run_bench(arguments: argparse.Namespace) -> None:
     models = load_models(
         arguments.target, arguments.draft, arguments.assistant, arguments.widen, dtypes[arguments.dtype], settings.shape
     )
-    result = Run(models, settings, say=lambda text: print(text, file=sys.stderr, flush=True))()
-    result["command"] = f"hf-dovetail {' '.join(sys.argv[1:])}"
-    result["ratios"] = ratios(result)
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    run = Run(models, settings, say=lambda text: print(text, file=sys.stderr, flush=True))
+    for result in run.results():  # what is measured stays, should the run be stopped
+        result["command"] = f"hf-dovetail {' '.join(sys.argv[1:])}"
+        result["ratios"] = ratios(result)
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))
     print(f"wrote {out}")
     if arguments.plot:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +81,7 @@ class _Turn:
 
 
 class Run:
-    """One measurement; call it for the result.
+    """One measurement.
 
     Args:
         models: what is measured.
@@ -108,8 +108,8 @@ class Run:
         self._drafts: dict[str, list[float]] = {}
         self._bytes: dict[str, int] = {}
 
-    def __call__(self) -> dict[str, Any]:
-        """Measure, and return the result as it is written to JSON."""
+    def results(self) -> Iterator[dict[str, Any]]:
+        """Measure; after each engine's turn, the result so far as it is written to JSON, `complete` at the end."""
         with tempfile.TemporaryDirectory() as folder:
             for cycle in range(self._settings.cycles):
                 for engine in self._settings.engines:
@@ -120,9 +120,11 @@ class Run:
                         self._run_turn(engine, Path(folder))
                     except ValueError as error:
                         self._skip(engine, None, None, error)
+                    if self._answers:
+                        yield self._result(complete=False)
         if not self._answers:
             raise ValueError(f"no engine could run: {'; '.join(self._skipped.values())}")
-        return self._result()
+        yield self._result(complete=True)
 
     def _check_lengths(self) -> None:
         limit = self._models.positions
@@ -245,13 +247,14 @@ class Run:
     def _is_skipped(self, engine: str, row: str, group: str) -> bool:
         return (engine, row, group) in self._skipped
 
-    def _result(self) -> dict[str, Any]:
-        """Everything, with medians."""
+    def _result(self, complete: bool) -> dict[str, Any]:
+        """Everything so far, with medians."""
         settings = self._settings
         ceiling = statistics.median(part["read_gb_s"] for part in self._ceilings)
         return {
             "kind": KIND,
             "format": FORMAT,
+            "complete": complete,
             "record": record(),
             "widened": self._models.widened,
             "models": self._models.describe,
