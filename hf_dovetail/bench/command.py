@@ -77,7 +77,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
         arguments.target, arguments.draft, arguments.assistant, arguments.widen, dtypes[arguments.dtype], settings.shape
     )
     run = Run(models, settings, say=lambda text: print(text, file=sys.stderr, flush=True))
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]  # folders are this machine's
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     for result in run.results():  # what is measured stays, should the run be stopped
         result["command"] = f"hf-dovetail {' '.join(words)}"
         result["ratios"] = ratios(result)
