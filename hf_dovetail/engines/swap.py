@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..packed import Kernel, PackedWeight
 
+_TRIM_BYTES = 16 << 20  # freed weights between two calls of `malloc_trim`
 _MADV_PAGEOUT = 21  # <asm-generic/mman-common.h>
 
 Pack = Callable[[str, Tensor, bool], Kernel | None]
@@ -44,7 +45,7 @@ class Swap:
     @torch.no_grad()
     def pack(self, model: PreTrainedModel, pack: Pack) -> int:
         """Pack every linear weight that `pack` takes; return how many. A failure leaves the model as it was."""
-        files = _mapped_files()
+        files, freed = _mapped_files(), 0
         try:
             for name, owners in _linear_weights(model).items():
                 original = owners[0].weight
@@ -57,10 +58,14 @@ class Swap:
                 for module in owners:
                     module.weight = packed
                 _forget_pages(original, files)
+                freed += original.nbytes
                 original.data = original.new_empty(0)
+                if freed > _TRIM_BYTES:
+                    freed = _return_memory()
         except BaseException:
             self.undo()
             raise
+        _return_memory()
         self._hooks.append(model.register_state_dict_post_hook(_unpack_state))
         return len(self._swapped)
 
@@ -74,6 +79,7 @@ class Swap:
         """Give the modules their own parameters back, bit for bit where the kernels are lossless."""
         while self._swapped:
             self._swapped.pop().undo()
+        _return_memory()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -95,6 +101,15 @@ def _linear_weights(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
                 if type(module) is nn.Linear and type(parameter) is nn.Parameter and parameter.layout == torch.strided:
                     names.setdefault(id(parameter), f"{path}.weight")
     return {name: tuple(owners[key]) for key, name in names.items() if uses[key] == len(owners[key])}
+
+
+def _return_memory() -> int:
+    """Give freed memory back to the system, where the C library keeps it in pieces otherwise (glibc); returns 0."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+    return 0
 
 
 def _mapped_files() -> list[tuple[int, int]]:
