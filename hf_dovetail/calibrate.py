@@ -146,7 +146,7 @@ def _fill(verifier: Target, context: int) -> None:
     verifier.held = context
 
 
-def _tree(rows: int, vocab_size: int) -> DraftTree:
+def timed_tree(rows: int, vocab_size: int) -> DraftTree:
     """A tree of so many rows, root included: two children at each node, as wide as real ones."""
     tokens = (torch.arange(rows) * 31 % vocab_size).unsqueeze(0)
     parents = ((torch.arange(rows) - 1) // 2).unsqueeze(0)
@@ -160,7 +160,7 @@ def _chain(rows: int, vocab_size: int) -> DraftTree:
 
 def _made(verifier: Target, rows: int) -> DraftTree:
     size = verifier.model.config.get_text_config(decoder=True).vocab_size
-    return _tree(rows, size) if isinstance(verifier, TreeTarget) else _chain(rows, size)
+    return timed_tree(rows, size) if isinstance(verifier, TreeTarget) else _chain(rows, size)
 
 
 def _verify_ms(verifier: Target, rows: int) -> float:

@@ -16,9 +16,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, pipeline
 
 from hf_dovetail import DovetailAssistantModel, TreeShape, prepare_target, restore_target
+from hf_dovetail.curves import MAX_ROWS
 from hf_dovetail.demo import demo_prompts, load_pair, pair_path
 from hf_dovetail.engines import engine_of
-from hf_dovetail.engines.onednn import MOST_ROWS, OneDnnKernel, why_not
+from hf_dovetail.engines.onednn import OneDnnKernel, why_not
 from hf_dovetail.packed import PackedWeight
 
 PRECISIONS = (torch.float32, torch.bfloat16)
@@ -45,9 +46,9 @@ def test_a_row_does_not_depend_on_how_many_rows_there_are(dtype: torch.dtype) ->
     shapes = {tuple(m.weight.shape) for m in load_target(dtype).modules() if isinstance(m, nn.Linear)}
     for outputs, inputs in [*sorted(shapes), (512, 2048), (2048, 2048), (1000, 96), (101, 32), (7, 33)]:
         kernel = OneDnnKernel(torch.randn(outputs, inputs).to(dtype))
-        rows = torch.randn(MOST_ROWS, inputs).to(dtype)
+        rows = torch.randn(MAX_ROWS, inputs).to(dtype)
         together = kernel.linear(rows, None)
-        for count in range(1, MOST_ROWS):
+        for count in range(1, MAX_ROWS):
             first = kernel.linear(rows[None, :count], None)[0]
             assert torch.equal(first, together[:count]), f"{outputs}x{inputs}: {count} rows"
             last = kernel.linear(rows[-count:], None)

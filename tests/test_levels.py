@@ -90,14 +90,16 @@ def test_fixed_shapes_grow_the_hosts_tree(
     monkeypatch.setattr(rows, "EXTENT", 16)
     target, draft = made("dgf", family, blocks)
     answer, shapes = Answer(target, draft), [shape] * len(COMMITS)
-    expected = answer.rounds(DraftSession(draft), shapes)
-    fixed = DraftSession(draft, on_host=False)
+    expected = answer.rounds(DraftSession(draft, sharpness=1.7), shapes)
+    fixed = DraftSession(draft, on_host=False, sharpness=1.7)
     log = replaying(fixed, monkeypatch)
     found = answer.rounds(fixed, shapes)
     assert_same(found, expected)
+    blunt = answer.rounds(DraftSession(draft), shapes)
+    assert any(not torch.equal(one.log_probs, other.log_probs) for one, other in zip(blunt, expected, strict=True))
     assert fixed._rounds._bench.buffer.capacity > 64
     assert not log or log[0] == "capture"
-    last = eagle_2(from_scratch(draft, answer.ids, answer.features[:, :-1]), shape)
+    last = eagle_2(from_scratch(draft, answer.ids, answer.features[:, :-1], sharpness=1.7), shape)
     assert set(paths(found[-1])) == set(last)
     assert len({str(tree.tokens.tolist()) for tree in found}) > 1
 
@@ -120,6 +122,17 @@ def test_a_round_is_replayed_and_a_second_answer_reuses_the_graph(monkeypatch: p
     assert log.count("replay") == 2 * len(COMMITS) - 2
     assert draft.pool.bench.buffer.states.data_ptr() == buffer
     assert [tree.tokens.tolist() for tree in expected[0]] != [tree.tokens.tolist() for tree in expected[1]]
+
+
+def test_an_answer_that_is_sampled_does_not_replay_the_graphs_of_a_greedy_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, draft = made("dgf", "llama", 2)
+    answer, shapes = Answer(target, draft), [TreeShape(12, 3, 3)] * len(COMMITS)
+    for sharpness in (1.7, 1.0):
+        session = DraftSession(draft, on_host=False, sharpness=sharpness)
+        log = replaying(session, monkeypatch)
+        assert_same(answer.rounds(session, shapes), answer.rounds(DraftSession(draft, sharpness=sharpness), shapes))
+        assert log.count("capture") == 1
+        del session
 
 
 def test_two_sessions_at_once_have_buffers_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from ..calibrate import timed_tree
 from ..config import TreeShape
 from ..draft import DraftSession
 from ..modeling import DovetailAssistantModel
 from ..target import Context, FeatureTap, Target, open_target
-from ..tree import DraftTree
 from .machine import median_ms
 
 _ACCEPTED = 4
@@ -32,7 +32,7 @@ def verify_ms(model: PreTrainedModel, text: Tensor, repeats: int) -> dict[int, f
     with target:
         for repeat in range(repeats + 1):
             for rows in ROWS:
-                tree = _tree(rows - 1)
+                tree = timed_tree(rows, model.config.get_text_config(decoder=True).vocab_size)
                 begin = time.perf_counter()
                 target.verify(tree)
                 if repeat:  # the first turn warms up
@@ -103,13 +103,3 @@ def _prefilled(model: PreTrainedModel, text: Tensor, nodes: int) -> tuple[Target
     target = open_target(model, given, FeatureTap(model, True), nodes)
     output = target.prefill(lambda cache: model(input_ids=text, past_key_values=cache, logits_to_keep=1))
     return target, output.features
-
-
-def _tree(nodes: int) -> DraftTree:
-    """A tree of that many nodes, every third of them a leaf beside its sibling."""
-    root = torch.tensor([[1]])
-    if nodes == 0:
-        return DraftTree.root_only(root)
-    parents = [node - (node % 3 == 2) for node in range(nodes)]  # the root is 0, the first node 1
-    packed = torch.tensor([[[1] * nodes, parents, [0] * nodes]], dtype=torch.int32)
-    return DraftTree.unpack(root, packed)

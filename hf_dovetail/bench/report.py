@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .rows import PLAIN
+from .rows import PLAIN, ROW_NAMES
 from .run import FORMAT, KIND, LLAMA_ENGINES
 
 _MUST_AGREE = ("cpu", "cores", "threads", "cpu_capability", "accelerator", "torch", "transformers", "python")
@@ -61,7 +61,7 @@ def ratios(result: dict[str, Any]) -> dict[str, float]:
                 plain,
                 times.get((engine, "random-draft-auto", group)),
             )
-            for name in ("dovetail-auto", "dovetail-fixed", "dovetail-wide-draft-auto", "dovetail-wide-draft-fixed"):
+            for name in (row for row in ROW_NAMES if row.startswith("dovetail")):
                 ours = times.get((engine, name, group))
                 what = f"{group} {engine}: {name} over"
                 enter(f"{what} plain", plain, ours)

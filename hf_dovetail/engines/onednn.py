@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..curves import MAX_ROWS
 from .swap import Swap
 
-MOST_ROWS = 32  # rows of a verification pass, root included; beyond it lies prompt processing
 _DTYPES = (torch.bfloat16, torch.float32)
 _BLOCKS = (64, 48, 32, 16, 8)  # output channels side by side in oneDNN's layouts
 _GROUPS = (1, 2, 4)  # input channels side by side within
@@ -97,17 +97,17 @@ _LEAST_ROWS: dict[tuple[torch.Size, torch.dtype], int] = {}
 
 
 def least_rows(packed: Tensor, shape: torch.Size, dtype: torch.dtype) -> int:
-    """The number of rows from which on a row's result is the same, up to `MOST_ROWS`; never 1.
+    """The number of rows from which on a row's result is the same, up to `MAX_ROWS`; never 1.
 
-    Found by trying on random rows: 2 where only the one-row kernel differs, `MOST_ROWS` on CPUs whose kernel
+    Found by trying on random rows: 2 where only the one-row kernel differs, `MAX_ROWS` on CPUs whose kernel
     changes on the way (AMX). The order of the sums depends on the sizes, not on the data; rounding to bf16 hides
     most differences, so narrow matrices are tried several times.
     """
     if (shape, dtype) not in _LEAST_ROWS:
         generator = torch.Generator().manual_seed(0)
         tries = min(max(_TRIED_VALUES // shape[0], 1), 16)
-        rows = torch.randn(tries, MOST_ROWS, shape[1], generator=generator).to(dtype)
-        results, least = [_product(batch, packed, None) for batch in rows], MOST_ROWS
+        rows = torch.randn(tries, MAX_ROWS, shape[1], generator=generator).to(dtype)
+        results, least = [_product(batch, packed, None) for batch in rows], MAX_ROWS
         while least > 2 and all(
             torch.equal(_product(batch[: least - 1], packed, None), result[: least - 1])
             for batch, result in zip(rows, results, strict=True)
