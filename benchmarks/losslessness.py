@@ -18,7 +18,7 @@ from common import SHARED, Tally, humaneval_prompts, story_prompts, write
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_dovetail import DovetailAssistantModel
+from hf_dovetail import DovetailAssistantModel, TreeShape
 from hf_dovetail.demo import load_pair, pair_path
 
 MODES: dict[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ def compare(
     sampling: dict[str, Any],
 ) -> dict[str, Any]:
     """Both answers to every prompt, under the same seed."""
-    differences, tally = [], Tally()
+    differences, tally, draft.tree = [], Tally(), TreeShape()  # trees in every round, whether they pay or not
     for index, prompt in enumerate(tqdm(prompts, leave=False)):
         inputs = tokenizer(prompt, return_tensors="pt")
         options = {"max_new_tokens": length, "return_dict_in_generate": True, "output_logits": True, **sampling}
