@@ -1,46 +1,102 @@
-"""How often the target accepts what the draft is so sure of: probabilities of nodes, corrected by what happened.
+"""How often the target takes what the draft is so sure of: probabilities of nodes, corrected by what happened.
 
-Counts verified nodes by the draft's cumulative log-probability and the node's depth. Knows no tree and no model.
+A draft may be too modest about its first choices and too hopeful about its second ones, and the more so the deeper it
+looks. So what it says of a token after its parent is corrected by a shift of the log-odds that depends on the token's
+rank among its siblings and on its depth (Platt scaling, 1999, with slope 1). Knows no tree and no model.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import torch
+from torch import Tensor
 
-_EDGES = np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0])  # of -log_prob
-_DEPTH_BINS = np.array([0, 0, 1, 2, 2, 3, 3, 4])  # by depth; deeper ones share the last
+_RANKS = np.array([0, 1, 2, 3])  # groups of ranks; higher ones share the last
+_DEPTHS = np.array([0, 1, 2, 2, 3])  # groups of levels; deeper ones share the last
+_LIMIT = 9  # of log-odds: what is beyond is as good as certain
 _FORGET = 0.98  # per round: what 50 rounds ago was accepted counts a third
-_PRIOR_NODES = 4.0  # nodes after which a cell's own counts weigh as much as the draft's word
-_PRIOR_HITS = 2.0  # likewise for the whole draft, in expected acceptances
+_KEEP = 0.6  # the least that a pause leaves
+_RANK_PRIOR = 0.25  # precision of a rank's shift around none, the draft's word
+_DEPTH_PRIOR = 4.0  # likewise of its shift at a depth around that at all depths
+_STEPS = 2  # of Newton's method per round; they start where the last round's ended
+
+
+def corrected(log_probs: Tensor | np.ndarray, shifts: Tensor | np.ndarray) -> Tensor | np.ndarray:
+    """Log-probabilities with their log-odds shifted; arrays or tensors of shapes that broadcast.
+
+    Never above 0, so that a child's chance stays below its parent's; a shift of 0 changes no bit.
+    """
+    if isinstance(log_probs, Tensor):
+        return (log_probs + shifts - torch.log1p(log_probs.exp() * torch.expm1(shifts))).clamp_(max=0.0)
+    return np.minimum(log_probs + shifts - np.log1p(np.exp(log_probs) * np.expm1(shifts)), 0.0)
 
 
 class Acceptance:
-    """The probability that a node is accepted, as a correction of the draft's own.
+    """Learns the shifts of log-odds from verified nodes.
 
-    A cell (confidence, depth) corrects by its own ratio of accepted to expected, drawn towards the ratio of all
-    cells while it has seen few nodes; that one is drawn towards 1, the draft's word.
+    Args:
+        levels, ranks: the deepest tree's, and the widest level's.
+
+    Attributes:
+        shifts: (levels, ranks) float32. They fall with the rank, so that siblings keep their order.
     """
 
-    def __init__(self) -> None:
-        shape = (_DEPTH_BINS[-1] + 1, len(_EDGES) + 1)
-        self._nodes, self._hits, self._expected = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-        self._factors = np.ones(shape)
+    def __init__(self, levels: int, ranks: int) -> None:
+        self._level_groups = _DEPTHS[np.minimum(np.arange(levels), len(_DEPTHS) - 1)]
+        self._rank_groups = _RANKS[np.minimum(np.arange(ranks), len(_RANKS) - 1)]
+        groups = _DEPTHS[-1] + 1, _RANKS[-1] + 1
+        self._tried, self._odds = np.zeros((2, *groups, 2 * _LIMIT + 1))  # by log-odds: nodes, and the sum of theirs
+        self._taken = np.zeros(groups)
+        self._by_rank, self._by_depth = np.zeros(groups[1]), np.zeros(groups)
+        self.shifts = np.zeros((levels, ranks), dtype=np.float32)
 
-    def probabilities(self, log_probs: np.ndarray, depths: np.ndarray | int) -> np.ndarray:
-        """(N,) chances of acceptance of nodes, by their cumulative log-probabilities (N,) and depths, (N,) or one."""
-        cells = _depth_bin(depths), _EDGES.searchsorted(-log_probs)
-        return np.minimum(np.exp(log_probs) * self._factors[cells], 1.0)
+    def learn(
+        self, log_probs: np.ndarray, ranks: np.ndarray, depths: np.ndarray, accepted: np.ndarray, rounds: int = 1
+    ) -> None:
+        """Enter the verified children of accepted nodes.
 
-    def learn(self, log_probs: np.ndarray, depths: np.ndarray, accepted: np.ndarray) -> None:
-        """Enter the nodes of one verified tree: (N,) each, `accepted` bool."""
-        cells = _depth_bin(depths), _EDGES.searchsorted(-log_probs)
-        for counts, values in ((self._nodes, 1.0), (self._hits, accepted), (self._expected, np.exp(log_probs))):
-            counts *= _FORGET
-            np.add.at(counts, cells, values)
-        overall = (_PRIOR_HITS + self._hits.sum()) / (_PRIOR_HITS + self._expected.sum())
-        own = self._nodes * self._hits / np.maximum(self._expected, 1e-9)
-        self._factors = (_PRIOR_NODES * overall + own) / (_PRIOR_NODES + self._nodes)
+        Args:
+            log_probs: (N,) the draft's, of each given its parent. ranks: (N,) among its siblings, from 0.
+            depths: (N,) from 1. accepted: (N,) bool.
+            rounds: since the last time.
+        """
+        log_probs = np.minimum(log_probs.astype(np.float64), -1e-9)
+        odds = np.clip(log_probs - np.log(-np.expm1(log_probs)), -_LIMIT, _LIMIT)
+        group = self._level_groups[depths - 1], self._rank_groups[ranks]
+        cells = *group, np.rint(odds).astype(int) + _LIMIT
+        for counts, places, values in (
+            (self._tried, cells, 1.0),
+            (self._odds, cells, odds),
+            (self._taken, group, accepted),
+        ):
+            counts *= max(_FORGET**rounds, _KEEP)
+            np.add.at(counts, places, values)
+        means = self._odds / np.maximum(self._tried, 1e-9)
+        for _ in range(_STEPS):
+            self._by_rank += _newton(self._by_rank, 0.0, _RANK_PRIOR, self._tried, means, self._taken, pooled=True)
+            self._by_depth += _newton(self._by_depth, self._by_rank, _DEPTH_PRIOR, self._tried, means, self._taken)
+        shifts = np.minimum.accumulate(self._by_depth[self._level_groups][:, self._rank_groups], axis=1)
+        self.shifts = shifts.astype(np.float32)
 
 
-def _depth_bin(depths: np.ndarray | int) -> np.ndarray | int:
-    return _DEPTH_BINS[np.minimum(depths, len(_DEPTH_BINS) - 1)]
+def _newton(
+    shifts: np.ndarray,
+    prior: np.ndarray | float,
+    precision: float,
+    tried: np.ndarray,
+    odds: np.ndarray,
+    taken: np.ndarray,
+    pooled: bool = False,
+) -> np.ndarray:
+    """A step towards the likeliest shifts of log-odds.
+
+    Args:
+        shifts: (D, R), or (R,) of all depths together if `pooled`.
+        prior, precision: of a normal distribution around which they lie.
+        tried, odds: (D, R, B) nodes, and their log-odds in the mean. taken: (D, R) accepted ones.
+    """
+    expected = 1 / (1 + np.exp(-(odds + shifts[..., None])))
+    missing, information = taken - (tried * expected).sum(-1), (tried * expected * (1 - expected)).sum(-1)
+    if pooled:
+        missing, information = missing.sum(0), information.sum(0)
+    return np.clip((missing - precision * (shifts - prior)) / (information + precision), -1.0, 1.0)

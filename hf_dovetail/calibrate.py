@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from .accept import walk
+from .acceptance import Acceptance
 from .config import TreeShape
 from .controller import LARGEST
 from .curves import MAX_ROWS, ROW_POINTS, CostCurves
@@ -197,13 +198,14 @@ def _drafting(
     session.begin(tokens[:, :1], 0)
     if features is not None:
         features = features.to(draft.device, draft.dtype)
+    shifts = Acceptance(LARGEST.levels, LARGEST.top_k).shifts
     room = draft.config.max_position_embeddings - session.length - LARGEST.levels
     count = max(min(tokens.shape[1] - 1, room - 4 * _CAUGHT_UP, features.shape[1] if features is not None else room), 1)
 
     def grow(new: int, levels: int) -> float:
         session.commit(tokens[:, :new], None if features is None else features[:, :new])
         begin = time.perf_counter()
-        session.grow(TreeShape(LARGEST.nodes, levels - 1, LARGEST.top_k)).cpu()
+        session.grow(TreeShape(LARGEST.nodes, levels - 1, LARGEST.top_k), shifts=shifts).cpu()
         return 1e3 * (time.perf_counter() - begin)
 
     caught_up = min(_CAUGHT_UP, count)

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from .accept import Accepted
-from .acceptance import Acceptance
+from .acceptance import Acceptance, corrected
 from .config import TreeShape
 from .costs import Costs
 from .curves import MAX_ROWS
@@ -38,7 +38,8 @@ _LOOK_SHARE = 0.02  # of the time of plain decoding that looks may take
 _LOOK_NODES = 7  # largest tree that a look verifies against its own judgement
 _LOOK_COST = 1.25  # most that its verification may cost, in plain ones
 _SPARE_NODES = (1.5, 4)  # times and plus what was verified of late: a smaller tree has narrower levels
-_LOOKAHEAD = 3  # levels that the next one is judged together with
+_IMPOSSIBLE = np.float32(-1e4)  # the log-probability of what overflowed
+_LOOKAHEAD = 3  # levels that the next one is judged together with; depths beyond the best that looks go to
 _RETENTION = (0.7, 1.0)  # of a level's probability in the next, and the weight of this guess, before rounds say more
 
 
@@ -46,7 +47,8 @@ class Experience:
     """What rounds of one kind (greedy or sampled) have shown of one draft on one target; shared by calls."""
 
     def __init__(self) -> None:
-        self.acceptance = Acceptance()
+        self.acceptance = Acceptance(LARGEST.levels, LARGEST.top_k)
+        self.unverified = 0  # plain rounds since the last tree
         self.probed = 0  # rounds of `PROBE` done
         self.tokens = self.ms = 0.0  # of rounds with a tree: the pace
         self.advantage: float | None = None  # of a tree over plain decoding, in tokens a round; expected
@@ -55,8 +57,8 @@ class Experience:
         self.pause = self.wait = 0  # tokens: of plain decoding between two looks, and until the next
         levels = LARGEST.levels + 1
         self.mass, self.kept = np.full(levels, _RETENTION[1]), np.full(levels, _RETENTION[0] * _RETENTION[1])
-        self.worths: dict[int, float] = {}  # by levels: what their tree was worth, for depths chosen ahead
-        self.planned = 0  # rounds since one was deeper than seemed best
+        self.gains: dict[int, float] = {}  # by levels, of `_DEPTHS`: what the tree won over that of the entry before
+        self.planned = self.deeper = 0  # rounds since one was deeper than seemed best, and how many were
 
 
 class Controller:
@@ -71,6 +73,8 @@ class Controller:
 
     keep_going: Callable[[int, Tensor, Tensor], bool] | None = None
     """Asked by a draft on the CPU after each level, with all candidates so far: whether to grow another."""
+    shifts: np.ndarray | None = None
+    """What the draft corrects its nodes' log-odds by before it compares them, see `acceptance.Acceptance`."""
 
     def plan(self, most: TreeShape, context: int, waiting: int, remaining: int) -> TreeShape:
         """The shape to grow in this round.
@@ -83,9 +87,9 @@ class Controller:
         """
         return most
 
-    def choose(self, tree: DraftTree) -> int:
-        """How many of the tree's best nodes to verify."""
-        return tree.num_nodes
+    def choose(self, tree: DraftTree) -> DraftTree:
+        """The part of the tree to verify."""
+        return tree
 
     def learn(self, tree: DraftTree, accepted: Accepted, draft_ms: float, verify_ms: float, round_ms: float) -> None:
         """Enter what the round took and gave."""
@@ -120,6 +124,7 @@ class AutoController(Controller):
         experience = self._experience
         self._context, self._waiting, self._forced = context, waiting, False
         with self._costs.lock:
+            self.shifts = experience.acceptance.shifts
             if self._starts:
                 self._look_early(waiting, remaining)
             self._looks = experience.pause > 0
@@ -179,9 +184,11 @@ class AutoController(Controller):
         experience = self._experience
         experience.planned += 1
         possible = [levels for levels in _DEPTHS if levels <= most] or [most]
-        values = {
-            n: experience.worths[n] - n * price * self._costs.level.value for n in possible if n in experience.worths
-        }
+        values, worth = {}, 0.0
+        for n in possible:
+            if n in experience.gains:
+                worth += experience.gains[n]
+                values[n] = worth - n * price * self._costs.level.value
         if not values:  # what the first guess of a level's gain says
             level_price = price * self._costs.level.value
             gains = np.cumprod(np.full(max(possible), _RETENTION[0])).cumsum()
@@ -189,21 +196,22 @@ class AutoController(Controller):
         best = self._usual = max(values, key=values.__getitem__)
         deeper = [levels for levels in possible if levels > best]
         if deeper and not self._looks:
-            look = deeper[min(1, len(deeper) - 1)]
-            cost = (look - best) * price * self._costs.level.value
-            if experience.planned >= max(_LOOK_DEEPER, cost / _LOOK_SHARE):
+            look = deeper[experience.deeper % min(_LOOKAHEAD, len(deeper))]
+            rounds = (look - best) * self._costs.level.value / self._costs.plain_ms(self._context)
+            if experience.planned >= max(_LOOK_DEEPER, rounds / _LOOK_SHARE):
                 experience.planned = 0
+                experience.deeper += 1
                 return look
         return best
 
     def _retention(self, level: int) -> float:
         return float(self._experience.kept[level] / self._experience.mass[level])
 
-    def _keep_going(self, level: int, log_probs: Tensor, depths: Tensor) -> bool:
+    def _keep_going(self, level: int, scores: Tensor, depths: Tensor) -> bool:
         self._times.append(self._clock())
-        fresh = log_probs.numpy()[self._seen :]
-        self._seen = log_probs.shape[0]
-        chances = np.sort(self._experience.acceptance.probabilities(fresh, level))[: -MAX_ROWS - 1 : -1]
+        fresh = scores.numpy()[self._seen :]
+        self._seen = scores.shape[0]
+        chances = np.exp(np.sort(fresh)[: -MAX_ROWS - 1 : -1])
         frontier = chances[: LARGEST.top_k]
         self._learn_retention(level, float(frontier.sum()))
         self._best = np.sort(np.concatenate((self._best, chances)))[:-MAX_ROWS:-1]
@@ -233,14 +241,16 @@ class AutoController(Controller):
                 return True
         return False
 
-    def choose(self, tree: DraftTree) -> int:
-        """How many of the tree's best nodes are worth their verification."""
-        chances, depths = self._chances(tree)
+    def choose(self, tree: DraftTree) -> DraftTree:
+        """The nodes that are worth their verification."""
+        scores = _scores(tree, self.shifts)
+        order = np.argsort(-scores, kind="stable")
+        chances = np.exp(scores[order])
         nodes = tree.num_nodes if self._forced else self._best_number(chances)
         if not self._on_host:
-            self._learn_depths(chances, depths)
+            self._learn_depths(chances, tree.depths.numpy()[0, 1:][order])
         self._expected = 1.0 + float(chances[:nodes].sum())
-        return nodes
+        return tree.trimmed(nodes, scores[None])
 
     def _best_number(self, chances: np.ndarray) -> int:
         """Nodes worth verifying, of nodes with these chances (N,)."""
@@ -249,21 +259,18 @@ class AutoController(Controller):
         return max(nodes, self._look_nodes(len(chances))) if self._looks else nodes
 
     def _learn_depths(self, chances: np.ndarray, depths: np.ndarray) -> None:
-        """Enter what this tree would have been worth with fewer levels, for `_levels_ahead`."""
-        worths = self._experience.worths
+        """Enter what this tree would have been worth with fewer levels, for `_levels_ahead`.
+
+        Texts differ more than depths do, so depths are compared within a tree.
+        """
+        gains, before = self._experience.gains, 0.0
         with self._costs.lock:
             for levels in _DEPTHS:
                 if levels <= self._plan.levels:
                     worth = _worth(chances[depths <= levels], self._price * self._rows[1:])
-                    share = 0.1 if levels <= self._usual else 0.4  # these are seen seldom
-                    worths[levels] = (1 - share) * worths.get(levels, worth) + share * worth
-
-    def _chances(self, tree: DraftTree) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) chances of acceptance of the tree's nodes, in the draft's order, and their depths."""
-        log_probs, depths = _nodes(tree)
-        order = np.argsort(-log_probs, kind="stable")
-        log_probs, depths = log_probs[order], depths[order]
-        return self._experience.acceptance.probabilities(log_probs, depths), depths
+                    share = 0.1 if levels <= self._usual else 0.25  # these are seen seldom
+                    gains[levels] = (1 - share) * gains.get(levels, worth - before) + share * (worth - before)
+                    before = worth
 
     def _look_nodes(self, most: int) -> int:
         """Nodes to verify in a look, whatever they promise, since only verified nodes teach."""
@@ -281,6 +288,7 @@ class AutoController(Controller):
                 self._learn_nodes(tree, accepted)
             elif not drafted:
                 self._experience.wait -= tokens
+                self._experience.unverified += 1
 
     def _levels_grown(self) -> int:
         if self._on_host and len(self._times) > 1:
@@ -310,7 +318,7 @@ class AutoController(Controller):
             return
         experience.nodes = _TREND * experience.nodes + (1 - _TREND) * tree.num_nodes
         if self._looks:
-            if advantage > 0:
+            if advantage > 0 and tokens > 1:
                 experience.pause, experience.advantage = 0, advantage
                 experience.proof = experience.proofs = 0.0
             else:
@@ -328,18 +336,39 @@ class AutoController(Controller):
         return max(_LONGEST_PAUSE, int(look / _LOOK_SHARE))
 
     def _learn_nodes(self, tree: DraftTree, accepted: Accepted) -> None:
-        """Count which verified nodes were accepted."""
-        experience = self._experience
+        """Enter which children of accepted nodes were accepted."""
         if tree.num_nodes:
-            log_probs, depths = _nodes(tree)
+            experience = self._experience
             kept = np.zeros(tree.num_nodes + 1, dtype=bool)
             kept[list(accepted.path)] = True
-            experience.acceptance.learn(log_probs, depths, kept[1:])
+            log_probs, ranks, depths, parents = _nodes(tree)
+            tried = kept[parents]
+            experience.acceptance.learn(
+                log_probs[tried], ranks[tried], depths[tried], kept[1:][tried], 1 + experience.unverified
+            )
+            experience.unverified = 0
 
 
-def _nodes(tree: DraftTree) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) log-probabilities and depths of the proposed nodes."""
-    return tree.log_probs.numpy()[0, 1:], tree.depths.numpy()[0, 1:]
+def _nodes(tree: DraftTree) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of the proposed nodes, (N,) each: log-probabilities given their parents, ranks among siblings, depths, parents.
+
+    Siblings stand in the order of their probability, and a node is only there with those before it.
+    """
+    sums, parents = tree.log_probs.numpy()[0], tree.parents.numpy()[0, 1:]
+    log_probs = np.maximum(sums[1:], _IMPOSSIBLE) - np.maximum(sums[parents], _IMPOSSIBLE)
+    ranks = np.tril(parents[:, None] == parents, -1).sum(axis=1)
+    return np.minimum(log_probs, 0.0), ranks, tree.depths.numpy()[0, 1:], parents
+
+
+def _scores(tree: DraftTree, shifts: np.ndarray) -> np.ndarray:
+    """(N,) corrected log-probabilities of the paths to the proposed nodes; no child's is above its parent's."""
+    log_probs, ranks, depths, parents = _nodes(tree)
+    sums = np.zeros(len(parents) + 1)
+    for node, (parent, gain) in enumerate(
+        zip(parents, corrected(log_probs, shifts[depths - 1, ranks]), strict=True), 1
+    ):
+        sums[node] = sums[parent] + gain
+    return sums[1:]
 
 
 def _within(shape: TreeShape, most: TreeShape) -> TreeShape:

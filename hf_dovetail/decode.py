@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,7 +102,9 @@ class Drafter(Protocol):
     def commit(self, tokens: Tensor, features: Tensor | None) -> None:
         """Add certain tokens (1, T) and the features (1, T, h) of the positions before them."""
 
-    def propose(self, shape: TreeShape, keep_going: KeepGoing | None = None) -> Tensor:
+    def propose(
+        self, shape: TreeShape, keep_going: KeepGoing | None = None, shifts: np.ndarray | None = None
+    ) -> Tensor:
         """(1, 3, N) int32: a packed tree."""
 
     def room(self, waiting: int = 0) -> int:
@@ -160,8 +163,8 @@ def decode(
             if shape.nodes:
                 with stats.clock("draft_ms"):
                     waiting.commit()
-                    tree = _propose(drafter, tree.tokens, shape, controller.keep_going, stats)
-                tree = tree.trimmed(controller.choose(tree))
+                    tree = _propose(drafter, tree.tokens, shape, controller, stats)
+                tree = controller.choose(tree)
             with stats.clock("verify_ms"):
                 output = target.verify(tree)
             accepted = walk(tree, output.logits, select)
@@ -229,10 +232,12 @@ class _Turn:
 
 
 def _propose(
-    drafter: Drafter, root: Tensor, shape: TreeShape, keep_going: KeepGoing | None, stats: GenerationStats
+    drafter: Drafter, root: Tensor, shape: TreeShape, controller: Controller, stats: GenerationStats
 ) -> DraftTree:
     """A tree of this shape under `root`, brought to the host in one copy."""
-    packed = drafter.propose(shape, keep_going)
+    shifts = controller.shifts
+    packed = drafter.propose(shape, controller.keep_going, shifts)
+    stats.bytes_to_draft += 0 if shifts is None else shifts.nbytes
     stats.bytes_to_target += packed.nbytes
     return DraftTree.unpack(root, packed.cpu())
 

@@ -6,6 +6,7 @@ row i stands for position i of the answer. A tree is grown behind the committed 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,15 +67,16 @@ class DraftSession:
             features = features.to(self._draft.dtype)
             self._features = features if self._features is None else torch.cat((self._features, features), dim=1)
 
-    def grow(self, shape: TreeShape, keep_going: KeepGoing | None = None) -> Tensor:
+    def grow(self, shape: TreeShape, keep_going: KeepGoing | None = None, shifts: np.ndarray | None = None) -> Tensor:
         """Propose the best tree of this shape (EAGLE-2's expansion and re-ranking).
 
         Args:
             shape: nodes, depth and width.
             keep_going: called on the CPU after each level with the number of levels done (1: the root's children),
-                the cumulative log-probabilities (C,) float32 of all candidates found so far, and their depths (C,)
-                int64 (1: a child of the root); the tree is expanded no further once it returns False. Never
-                called on an accelerator.
+                the scores (C,) float32 of all candidates found so far, and their depths (C,) int64 (1: a child of the
+                root); the tree is expanded no further once it returns False. Never called on an accelerator.
+            shifts: (levels, ranks) float32 at least as large as the shape, by which nodes' log-odds are corrected
+                before they are compared (`acceptance.Acceptance`); by default not at all.
 
         Returns:
             (1, 3, N) int32, the packed tree of `tree.rerank`, on the draft's device.
@@ -84,13 +86,14 @@ class DraftSession:
         # A wrapped LM is the caller's and may keep what it computes; inference tensors would trouble its training.
         with torch.inference_mode() if self._draft.reads_features else torch.no_grad():
             if self._rounds is not None:
-                return self._rounds.grow(tokens, features, shape)
+                return self._rounds.grow(tokens, features, shape, shifts)
             hidden = self._steps.catch_up(tokens, features)
             try:
                 if self._on_host:
-                    candidates = expand_on_host(self._steps, hidden, shape, keep_going)
+                    candidates = expand_on_host(self._steps, hidden, shape, keep_going, shifts)
                 else:
-                    candidates = expand_on_device(self._steps, hidden, shape)
+                    corrections = None if shifts is None else torch.from_numpy(shifts).to(self._device)
+                    candidates = expand_on_device(self._steps, hidden, shape, corrections)
             finally:
                 self._steps.forget()
             return rerank(candidates, shape.nodes)

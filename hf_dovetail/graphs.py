@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.utils import logging
@@ -46,6 +47,7 @@ class Inputs:
             self.tokens = torch.zeros(1, _ROWS, dtype=torch.long, device=device)
             self.features = torch.zeros(1, _ROWS, hidden_size, dtype=dtype, device=device)
             self.count, self.held, self.position = torch.zeros(3, 1, dtype=torch.long, device=device)
+        self._shifts: dict[tuple[int, ...], Tensor] = {}
 
     def fill(self, tokens: Tensor, features: Tensor, held: int, start: int) -> None:
         """Set the next round's: (1, T) tokens and (1, T, h) features, T at most 16."""
@@ -56,6 +58,15 @@ class Inputs:
         self.count.fill_(count)
         self.held.fill_(held)
         self.position.fill_(start + held)
+
+    def shifts(self, values: np.ndarray | None) -> Tensor | None:
+        """The next round's corrections (levels, ranks) float32, see `acceptance.Acceptance`; one address per shape."""
+        if values is None:
+            return None
+        if values.shape not in self._shifts:
+            with torch.inference_mode(False):
+                self._shifts[values.shape] = torch.zeros(values.shape, device=self.tokens.device)
+        return self._shifts[values.shape].copy_(torch.from_numpy(values))
 
 
 class FixedSteps:
@@ -118,6 +129,7 @@ def fixed_round(
     extent: int,
     shape: TreeShape,
     sharpness: float,
+    shifts: Tensor | None,
 ) -> Tensor:
     """One round: the committed rows, the levels of the tree, its re-ranking; (1, 3, N) int32.
 
@@ -134,7 +146,7 @@ def fixed_round(
     root = hidden.index_select(1, inputs.count - 1)  # (1, 1, h)
     end = inputs.held + inputs.count
     steps = FixedSteps(draft, buffer, table, extent, end, inputs.position + inputs.count, sharpness)
-    packed = rerank(expand_on_device(steps, root, shape), shape.nodes)
+    packed = rerank(expand_on_device(steps, root, shape, shifts), shape.nodes)
     buffer.clear(end + torch.arange(max(_ROWS, tree_rows(shape)), device=rows.device))
     return packed
 
@@ -152,8 +164,8 @@ class Bench:
     """Everything with a fixed address that rounds work on, and the graphs captured over it.
 
     Attributes:
-        graphs: per kind of round (shape, extent, length of the table, sharpness), least recently used first: how
-            often it ran as it is, or what was captured.
+        graphs: per kind of round (shape, extent, length of the table, sharpness, shape of the shifts), least recently
+            used first: how often it ran as it is, or what was captured.
         captures: whether to capture at all; False once it has failed.
     """
 
@@ -231,7 +243,7 @@ class DeviceRounds:
             bench.buffer.states.zero_()
         self._bench, self.steps = bench, FusionSteps(draft, bench.buffer)
 
-    def grow(self, tokens: Tensor, features: Tensor, shape: TreeShape) -> Tensor:
+    def grow(self, tokens: Tensor, features: Tensor, shape: TreeShape, shifts: np.ndarray | None = None) -> Tensor:
         """Commit rows, (1, T) tokens and (1, T, h) features, and grow a tree: (1, 3, N) int32."""
         draft, bench, steps, sharpness = self._draft, self._bench, self.steps, self._sharpness
         early, start = max(tokens.shape[1] - _ROWS, 0), steps.start
@@ -243,10 +255,11 @@ class DeviceRounds:
         bench.reserve(extent)
         table = draft.rotary.table(start + extent, draft.device, draft.dtype)
         bench.inputs.fill(tokens[:, early:], features[:, early:], held, start)
+        corrections = bench.inputs.shifts(shifts)
         packed = bench.run(
-            (shape, extent, table[0].shape[1], sharpness),
+            (shape, extent, table[0].shape[1], sharpness, None if shifts is None else shifts.shape),
             table,
-            lambda: fixed_round(draft, bench.inputs, bench.buffer, table, extent, shape, sharpness),
+            lambda: fixed_round(draft, bench.inputs, bench.buffer, table, extent, shape, sharpness, corrections),
         )
         steps.held += count
         return packed

@@ -8,19 +8,19 @@ whole of it can be captured in a graph. Knows no network: a `Stepper` computes t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .acceptance import corrected
 from .config import TreeShape
 from .tree import Candidates
 
 KeepGoing = Callable[[int, Tensor, Tensor], bool]
 """Whether a level more is worth its time: called with the number of levels done (1: the root's children), the
-cumulative log-probabilities (C,) float32 of all candidates found so far, and their depths (C,) int64 (1: a child
-of the root)."""
+scores (C,) float32 of all candidates found so far, and their depths (C,) int64 (1: a child of the root)."""
 
 
 class Stepper(Protocol):
@@ -55,7 +55,11 @@ def best_continuations(stepper: Stepper, hidden: Tensor, count: int) -> tuple[Te
 
 
 def expand_on_host(
-    stepper: Stepper, hidden: Tensor, shape: TreeShape, keep_going: KeepGoing | None = None
+    stepper: Stepper,
+    hidden: Tensor,
+    shape: TreeShape,
+    keep_going: KeepGoing | None = None,
+    shifts: np.ndarray | None = None,
 ) -> Candidates:
     """All candidates that can enter the tree: `top_k` children of the root, then of the best nodes of each level.
 
@@ -68,59 +72,72 @@ def expand_on_host(
         hidden: (1, 1, h) of the last committed row.
         shape: nodes, depth and width of the tree.
         keep_going: asked after each level; False ends the expansion.
+        shifts: (levels, ranks) float32 at least as large as the shape, see `acceptance.Acceptance`.
     """
     width = min(shape.top_k, shape.nodes)
     gains, tokens = (part.numpy()[0] for part in best_continuations(stepper, hidden, width))
-    found = _Found(tokens, gains)
-    scores, frontier = gains, np.arange(len(gains))  # of the nodes to expand: (k,) each
+    log_probs, scores = gains, _sure(gains, shifts, 0)  # of the nodes to expand: (k,) each
+    found = _Found(tokens, log_probs, scores)
+    frontier = np.arange(len(gains))
     hidden = hidden.repeat(1, len(gains), 1)
     visible = np.eye(len(gains), dtype=bool)
     while found.goes_on(keep_going) and found.levels < shape.levels and len(tokens) > 0:
         hidden = stepper.level(torch.from_numpy(tokens).unsqueeze(0), hidden, torch.from_numpy(visible))
         gains, children = (part.numpy() for part in best_continuations(stepper, hidden, width))  # (k, w)
-        before, totals = found.count, (scores[:, None] + gains).ravel()
-        found.add(children.ravel(), frontier.repeat(gains.shape[1]), totals)
+        totals = (scores[:, None] + _sure(gains, shifts, found.levels)).ravel()
+        before, sums = found.count, (log_probs[:, None] + gains).ravel()
+        found.add(children.ravel(), frontier.repeat(gains.shape[1]), sums, totals)
         best = np.argsort(-totals, kind="stable")[:width]
         best = best[: found.hopeful(totals[best], shape.nodes)]
         rows = best // gains.shape[1]  # which expanded node each new one descends from
-        scores, tokens, frontier = totals[best], children.ravel()[best], before + best
+        log_probs, scores, tokens, frontier = sums[best], totals[best], children.ravel()[best], before + best
         hidden = hidden[:, torch.from_numpy(rows)]
         visible = np.concatenate((visible[rows], np.eye(len(best), dtype=bool)), axis=1)
     return found.candidates()
 
 
-def expand_on_device(stepper: Stepper, hidden: Tensor, shape: TreeShape) -> Candidates:
-    """All candidates of the tree, as `expand_on_host` finds them and those that it leaves out; no host reads."""
+def expand_on_device(stepper: Stepper, hidden: Tensor, shape: TreeShape, shifts: Tensor | None = None) -> Candidates:
+    """All candidates of the tree, as `expand_on_host` finds them and those that it leaves out; no host reads.
+
+    `shifts` are on the device.
+    """
     width, device = min(shape.top_k, shape.nodes), hidden.device
-    scores, tokens = best_continuations(stepper, hidden, width)  # (1, w): the frontier
-    count = scores.shape[1]
+    log_probs, tokens = best_continuations(stepper, hidden, width)  # (1, w): the frontier
+    scores, count = _sure(log_probs, shifts, 0), log_probs.shape[1]
     frontier = torch.arange(count, device=device)
-    found = [(tokens, torch.full_like(tokens, -1), scores)]
+    found = [(tokens, torch.full_like(tokens, -1), log_probs, scores)]
     hidden, visible = hidden.repeat(1, count, 1), torch.eye(count, dtype=torch.bool, device=device)
     before = 0
     for level in range(1, shape.levels):
         hidden = stepper.level(tokens, hidden, visible)
         gains, children = best_continuations(stepper, hidden, width)  # (k, w)
-        totals, children = (scores.T + gains).view(1, -1), children.view(1, -1)
+        totals = (scores.T + _sure(gains, shifts, level)).view(1, -1)
+        sums, children = (log_probs.T + gains).view(1, -1), children.view(1, -1)
         before += found[-1][0].shape[1]
         parents = frontier.unsqueeze(1).expand(-1, gains.shape[1]).reshape(1, -1)
-        found.append((children, parents, totals))
+        found.append((children, parents, sums, totals))
         if level == shape.levels - 1:
             break
         best = totals[0].argsort(descending=True, stable=True)[:width]
         rows = best // gains.shape[1]
-        scores, tokens, frontier = totals[:, best], children[:, best], before + best
+        log_probs, scores, tokens = sums[:, best], totals[:, best], children[:, best]
+        frontier = before + best
         hidden = hidden[:, rows]
         own = torch.eye(len(best), dtype=torch.bool, device=device)
         visible = torch.cat((visible[rows], own), dim=1)
     return Candidates(*(torch.cat(parts, dim=1) for parts in zip(*found, strict=True)))
 
 
+def _sure(gains: Any, shifts: Any, level: int) -> Any:
+    """(..., w) log-probabilities of a level's nodes, likeliest first, given their parents: corrected, if at all."""
+    return gains if shifts is None else corrected(gains, shifts[level, : gains.shape[-1]])
+
+
 class _Found:
     """The candidates of the levels so far, on the host."""
 
-    def __init__(self, tokens: np.ndarray, log_probs: np.ndarray) -> None:
-        self._tokens, self._log_probs = [tokens], [log_probs]
+    def __init__(self, tokens: np.ndarray, log_probs: np.ndarray, scores: np.ndarray) -> None:
+        self._tokens, self._log_probs, self._scores = [tokens], [log_probs], [scores]
         self._parents = [np.full(len(tokens), -1)]
         self.count = len(tokens)
 
@@ -128,11 +145,12 @@ class _Found:
     def levels(self) -> int:
         return len(self._tokens)
 
-    def add(self, tokens: np.ndarray, parents: np.ndarray, log_probs: np.ndarray) -> None:
+    def add(self, tokens: np.ndarray, parents: np.ndarray, log_probs: np.ndarray, scores: np.ndarray) -> None:
         """Enter a level: (c,) each."""
         self._tokens.append(tokens)
         self._parents.append(parents)
         self._log_probs.append(log_probs)
+        self._scores.append(scores)
         self.count += len(tokens)
 
     def goes_on(self, keep_going: KeepGoing | None) -> bool:
@@ -140,15 +158,15 @@ class _Found:
         if keep_going is None:
             return True
         depths = np.arange(1, self.levels + 1).repeat([len(part) for part in self._tokens])
-        return keep_going(self.levels, torch.from_numpy(np.concatenate(self._log_probs)), torch.from_numpy(depths))
+        return keep_going(self.levels, torch.from_numpy(np.concatenate(self._scores)), torch.from_numpy(depths))
 
     def hopeful(self, scores: np.ndarray, nodes: int) -> int:
         """How many of a level's nodes, best first, can still have a child among the `nodes` best of all."""
         if self.count < nodes:
             return len(scores)
-        least = np.partition(np.concatenate(self._log_probs), -nodes)[-nodes]
+        least = np.partition(np.concatenate(self._scores), -nodes)[-nodes]
         return int(np.count_nonzero(scores > least))
 
     def candidates(self) -> Candidates:
-        parts = self._tokens, self._parents, self._log_probs
+        parts = self._tokens, self._parents, self._log_probs, self._scores
         return Candidates(*(torch.from_numpy(np.concatenate(part)).unsqueeze(0) for part in parts))

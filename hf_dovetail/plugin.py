@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -68,9 +69,11 @@ class DovetailCandidateGenerator(CandidateGenerator):
         """Add certain tokens (1, T) and the features (1, T, h) of the positions before them."""
         self.session.commit(tokens, features)
 
-    def propose(self, shape: TreeShape, keep_going: KeepGoing | None = None) -> Tensor:
+    def propose(
+        self, shape: TreeShape, keep_going: KeepGoing | None = None, shifts: np.ndarray | None = None
+    ) -> Tensor:
         """(1, 3, N) int32: the packed tree of a round (`tree.rerank`)."""
-        return self.session.grow(shape, keep_going)
+        return self.session.grow(shape, keep_going, shifts)
 
     def room(self, waiting: int = 0) -> int:
         """Levels that the draft's positions still allow behind `waiting` tokens that are not committed yet; without

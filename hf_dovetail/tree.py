@@ -23,21 +23,24 @@ class Candidates:
         tokens: (B, C) int64.
         parents: (B, C) int64, index of the parent candidate, -1 for children of the root.
         log_probs: (B, C) float32, the draft's cumulative log-probability of the path to the node.
+        scores: (B, C) float32, what nodes are compared by: the same, or corrected by what was accepted so far. No child
+            beats its parent.
     """
 
     tokens: Tensor
     parents: Tensor
     log_probs: Tensor
+    scores: Tensor
 
 
 def rerank(candidates: Candidates, nodes: int) -> Tensor:
-    """Keep the `nodes` best candidates by cumulative log-probability (EAGLE-2, arXiv 2406.16858, section 4.2).
+    """Keep the `nodes` candidates with the best scores (EAGLE-2, arXiv 2406.16858, section 4.2).
 
     Returns a packed tree without its root: (B, 3, N) int32 of tokens, parents (0 is the root) and the bits of
     the float32 log-probabilities, so that one copy takes it off the device. The sort is stable and a parent
     stands before its children, so a kept node's parent is kept.
     """
-    order = candidates.log_probs.argsort(dim=-1, descending=True, stable=True)
+    order = candidates.scores.argsort(dim=-1, descending=True, stable=True)
     kept = order[:, :nodes].sort(dim=-1).values  # (B, N) candidate indices, parents first
     parents = candidates.parents.gather(1, kept)
     flat_parents = torch.searchsorted(kept, parents) + 1
@@ -88,14 +91,18 @@ class DraftTree:
         """The tree that proposes nothing: plain decoding. `root`: (B, 1) int64."""
         return cls(root, torch.full_like(root, -1), torch.zeros(root.shape))
 
-    def trimmed(self, nodes: int) -> DraftTree:
+    def trimmed(self, nodes: int, scores: np.ndarray | None = None) -> DraftTree:
         """The tree of the root and its `nodes` best nodes, in their order; of equally good ones, the earlier.
 
-        A child never beats its parent and stands behind it, so the best nodes are a tree.
+        Args:
+            nodes: how many to keep.
+            scores: (B, N) of the nodes behind the root, no child above its parent: then the best nodes are a tree.
+                By default their log-probabilities.
         """
         if nodes >= self.num_nodes:
             return self
-        order = np.argsort(-self.log_probs.numpy()[:, 1:], axis=1, kind="stable")[:, :nodes] + 1
+        scores = self.log_probs.numpy()[:, 1:] if scores is None else scores
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :nodes] + 1
         kept = np.zeros(self.tokens.shape, dtype=bool)
         np.put_along_axis(kept, order, True, axis=1)
         kept[:, 0] = True

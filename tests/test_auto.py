@@ -90,7 +90,7 @@ def test_trees_of_all_sizes_in_one_answer(
     """Guards tokens and features that wait while rounds are plain: lost or doubled, later trees would be wrong."""
     target = tiny.build(family)
     draft = tiny.draft_for(target, "untrained") if family == "lfm2" else tiny.draft_for(target, kind)
-    draft.tree, sizes = "auto", []
+    draft.tree, sizes, accepted = "auto", [], []
     experience = Experience()
     at_these_costs(monkeypatch, FREE, experience, on_host)
     plan = AutoController.plan
@@ -105,10 +105,12 @@ def test_trees_of_all_sizes_in_one_answer(
     monkeypatch.setattr(AutoController, "plan", sometimes)
     for sample in (False, True):
         tiny.both(target, draft, ids, do_sample=sample, max_new_tokens=60)
+        accepted.append(draft.last_stats.accepted)
     assert 0 in sizes
     assert max(sizes) > 5
     if kind == "accepting" and family != "lfm2":
-        assert draft.last_stats.accepted > 10
+        assert accepted[0] > 20
+        assert accepted[1] > 5  # these models are hardly surer than a die
 
 
 def test_the_draft_knows_what_it_slept_through(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,8 @@ import torch
 
 from hf_dovetail import TreeShape
 from hf_dovetail.accept import Accepted
-from hf_dovetail.acceptance import Acceptance
-from hf_dovetail.controller import LARGEST, PROBE, AutoController, Experience
+from hf_dovetail.acceptance import Acceptance, corrected
+from hf_dovetail.controller import LARGEST, PROBE, AutoController, Experience, _nodes, _scores
 from hf_dovetail.costs import WINDOW, Costs, Estimate
 from hf_dovetail.curves import MAX_ROWS, ROW_POINTS, CostCurves
 from hf_dovetail.decode import Round
@@ -45,16 +45,24 @@ class Recorded:
     tree: DraftTree
     right: frozenset[int]
 
-    @lru_cache(maxsize=16)  # noqa: B019  few rounds, for the length of the tests
-    def grown(self, levels: int) -> DraftTree:
-        """What a draft that stops after so many levels proposes; tokens are the nodes' numbers in `tree`."""
+    def grown(self, levels: int, scores: np.ndarray) -> DraftTree:
+        """What a draft that stops after so many levels proposes; tokens are the nodes' numbers in `tree`.
+
+        Args:
+            scores: (C,) of all of the tree's nodes.
+        """
+        tree = self.above(levels)
+        return tree.trimmed(LARGEST.nodes, scores[tree.tokens.numpy()[:, 1:] - 1])
+
+    @cache  # noqa: B019  few rounds, for the length of the tests
+    def above(self, levels: int) -> DraftTree:
+        """The part of `tree` that so many levels find."""
         kept = (self.tree.depths[0] <= levels).nonzero().flatten()
         places = torch.zeros(self.tree.num_nodes + 1, dtype=torch.long)
         places[kept] = torch.arange(len(kept))
         parents = self.tree.parents[0][kept]
         parents = torch.where(parents < 0, parents, places[parents.clamp(min=0)])
-        tree = DraftTree(kept[None], parents[None], self.tree.log_probs[:, kept])
-        return tree.trimmed(LARGEST.nodes)
+        return DraftTree(kept[None], parents[None], self.tree.log_probs[:, kept])
 
     def path(self, tree: DraftTree) -> tuple[int, ...]:
         return tuple(place for place, node in enumerate(tree.tokens[0].tolist()) if node in self.right)
@@ -94,7 +102,7 @@ def brute_force(rounds: list[Recorded], curves: CostCurves) -> float:
     """Tokens per ms of the best fixed shape: every depth, every number of nodes, knowing all rounds."""
     best = 1 / curves.verify_ms(1, 0)
     for levels in range(1, LARGEST.levels + 1):
-        trees = [r.grown(levels) for r in rounds]
+        trees = [r.grown(levels, r.tree.log_probs.numpy()[0, 1:]) for r in rounds]
         hits = np.zeros(LARGEST.nodes + 1)
         for r, tree in zip(rounds, trees, strict=True):
             order = torch.argsort(tree.log_probs[0, 1:], descending=True, stable=True).tolist()
@@ -130,16 +138,16 @@ def play(
         shape = controller.plan(LARGEST, 0, 3, remaining)
         levels, tree = 0, DraftTree.root_only(torch.zeros(1, 1, dtype=torch.long))
         if shape.nodes:
+            scores = _scores(r.tree, controller.shifts)
             levels = 1 if on_host else shape.levels
             while on_host and levels < shape.levels:
-                known = (r.tree.depths[0, 1:] <= levels).nonzero().flatten()
-                by_level = known[torch.argsort(r.tree.depths[0, 1:][known], stable=True)]
-                found, depths = r.tree.log_probs[0, 1:][by_level], r.tree.depths[0, 1:][by_level]
-                if not controller.keep_going(levels, found, depths):
+                depths, order = r.tree.depths[0, 1:].sort(stable=True)
+                found = int((depths <= levels).sum())
+                by_level = torch.from_numpy(scores.astype(np.float32))[order[:found]]
+                if not controller.keep_going(levels, by_level, depths[:found]):
                     break
                 levels += 1
-            tree = r.grown(levels)
-            tree = tree.trimmed(controller.choose(tree))
+            tree = controller.choose(r.grown(levels, scores))
         path = r.path(tree)
         controller.learn(tree, Accepted(path, path, False), 1.0, 1.0, 2.0)
         played.tokens += len(path)
@@ -239,33 +247,84 @@ def test_the_first_rounds_on_an_unknown_machine_probe_it() -> None:
     assert known.plan(LARGEST, 0, 3, 100) == LARGEST
 
 
-@pytest.mark.parametrize("truth", [0.0, 0.3, 1.0])
+def learned_from(rounds: int, truth: Callable[[np.ndarray, np.ndarray], np.ndarray], says: np.ndarray) -> Acceptance:
+    """Rounds of 30 children of accepted nodes, which are taken as often as `truth` of their ranks and depths says."""
+    acceptance, rng = Acceptance(LARGEST.levels, LARGEST.top_k), np.random.default_rng(1)
+    depths, ranks = np.repeat([1, 2, 3, 7, 20], 6), np.tile([0, 1, 2, 3, 4, 9], 5)
+    for _ in range(rounds):
+        acceptance.learn(np.log(says[ranks]), ranks, depths, rng.random(30) < truth(ranks, depths))
+    return acceptance
+
+
+SAYS = np.array([0.6, 0.15, 0.08, 0.05, 0.04, 0.03, 0.02, 0.01, 0.01, 0.01])
+"""What a draft says of its choices by rank."""
+
+
+@pytest.mark.parametrize("truth", [0.02, 0.3, 0.98])
 def test_acceptance_converges_to_the_truth(truth: float) -> None:
-    """Whatever the draft says of itself, what happens wins; nodes of another confidence keep another rate."""
-    acceptance, rng = Acceptance(), np.random.default_rng(1)
-    sure, unsure = np.log(np.full(6, 0.9)), np.log(np.full(6, 0.05))
-    log_probs, depths = np.concatenate((sure, unsure)), np.tile([1, 1, 2, 2, 4, 4], 2)
-    start = acceptance.probabilities(log_probs, depths)
-    np.testing.assert_allclose(start, np.exp(log_probs))
-    for _ in range(150):
-        hits = np.concatenate((rng.random(6) < truth, rng.random(6) < 0.05))
-        acceptance.learn(log_probs, depths, hits)
-    found = acceptance.probabilities(log_probs, depths)
-    np.testing.assert_allclose(found[:6], truth, atol=0.12)
-    np.testing.assert_allclose(found[6:], 0.05, atol=0.08)
-    assert found.min() >= 0
-    assert found.max() <= 1
+    """Whatever the draft says of its first choice, what happens wins; those of other ranks keep their own rate."""
+    start = Acceptance(LARGEST.levels, LARGEST.top_k).shifts
+    assert not start.any()
+    np.testing.assert_array_equal(corrected(np.log(SAYS), start[0]), np.log(SAYS))
+    acceptance = learned_from(150, lambda ranks, depths: np.where(ranks == 0, truth, 0.01), SAYS)
+    for level in (0, 1, 6, 19):
+        found = np.exp(corrected(np.log(SAYS), acceptance.shifts[level]))
+        assert found[0] == pytest.approx(truth, abs=0.08)
+        assert found[1:].max() < 0.05
+    assert np.all(np.diff(acceptance.shifts, axis=1) <= 0)
+
+
+def test_a_first_choice_that_is_always_right_is_known_after_ten_rounds() -> None:
+    """Guards slow learning: a small model that always agrees must soon be trusted with chains of 20 tokens."""
+    acceptance = learned_from(10, lambda ranks, depths: ranks == 0, SAYS)
+    assert np.exp(corrected(np.log(0.6), acceptance.shifts[:, 0])).min() > 0.9
+    assert np.exp(corrected(np.log(SAYS[1]), acceptance.shifts[:, 1])).max() < 0.06
+
+
+def test_acceptance_differs_by_depth() -> None:
+    """A draft that is right at first and wrong when it looks further."""
+    acceptance = learned_from(150, lambda ranks, depths: np.where(ranks == 0, np.where(depths == 1, 0.9, 0.3), 0), SAYS)
+    found = np.exp(corrected(np.log(0.6), acceptance.shifts[:, 0]))
+    assert found[0] > 0.75
+    assert found[1:].max() < 0.5
 
 
 def test_acceptance_forgets_and_takes_infinite_log_probs() -> None:
-    acceptance, log_probs, depths = Acceptance(), np.log(np.full(8, 0.6)), np.full(8, 1)
-    for truth in (0.0, 1.0):
+    acceptance, says = Acceptance(LARGEST.levels, LARGEST.top_k), np.log(np.full(8, 0.6))
+    ranks, depths = np.zeros(8, dtype=int), np.ones(8, dtype=int)
+    for truth in (False, True, False):
         for _ in range(60):
-            acceptance.learn(log_probs, depths, np.full(8, bool(truth)))
-        assert abs(acceptance.probabilities(log_probs, depths)[0] - truth) < 0.35
-    broken = np.array([-np.inf, -0.1], dtype=np.float32)
-    acceptance.learn(broken, np.array([1, 2]), np.array([False, False]))
-    assert acceptance.probabilities(broken, np.array([1, 2]))[0] == 0
+            acceptance.learn(says, ranks, depths, np.full(8, truth))
+        assert abs(np.exp(corrected(says, acceptance.shifts[0, 0]))[0] - truth) < 0.35
+    broken = np.array([-np.inf, 0.0, -1e4], dtype=np.float32)
+    acceptance.learn(broken, ranks[:3], depths[:3], np.array([False, True, False]))
+    found = np.exp(corrected(broken, acceptance.shifts[0, :3]))
+    assert found == pytest.approx([0, 1, 0], abs=1e-5)
+    assert np.isfinite(acceptance.shifts).all()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_corrected_scores_keep_trees_whole(seed: int) -> None:
+    """Guards what trimming stands on: no child above its parent, siblings in order; and the shift of rank and depth."""
+    rng = np.random.default_rng(seed)
+    parents = [-1]
+    parents += [int(rng.integers(max(0, node - 9), node)) for node in range(1, 24)]
+    log_probs, ranks = np.zeros(24, dtype=np.float32), [0] * 24
+    for node in range(1, 24):
+        ranks[node] = sum(parents[other] == parents[node] for other in range(1, node))
+        log_probs[node] = log_probs[parents[node]] - rng.choice([0.0, 1e-7, 0.2]) - 0.5 * ranks[node]
+    tree = DraftTree(torch.arange(24)[None], torch.tensor([parents]), torch.from_numpy(log_probs)[None])
+    shifts = np.minimum.accumulate(rng.normal(0, 3, (24, 10)).astype(np.float32), axis=1)
+    scores = np.concatenate(([0.0], _scores(tree, shifts)))
+    found, own_ranks, depths, _ = _nodes(tree)
+    assert own_ranks.tolist() == ranks[1:]
+    for node in range(1, 24):
+        parent, log_prob = parents[node], np.float64(found[node - 1])
+        odds = log_prob - np.log(max(-np.expm1(log_prob), 1e-30)) + shifts[depths[node - 1] - 1, ranks[node]]
+        assert scores[node] - scores[parent] == pytest.approx(-np.log1p(np.exp(-odds)), abs=1e-4)
+        assert scores[node] <= scores[parent]
+    for nodes in range(24):
+        assert tree.trimmed(nodes, scores[None, 1:]).num_nodes == nodes
 
 
 def test_costs_are_learned_from_rounds_and_a_hiccup_is_not() -> None:

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -37,15 +38,19 @@ class Answer:
         self.draft, self.ids = draft, tiny.prompt(1 + sum(COMMITS), seed)
         self.features = features_of(target, self.ids)
 
-    def rounds(self, session: DraftSession, shapes: list[TreeShape]) -> list[DraftTree]:
+    def rounds(
+        self, session: DraftSession, shapes: list[TreeShape], shifts: list[np.ndarray] | None = None
+    ) -> list[DraftTree]:
         """The tree of every round."""
         session.begin(self.ids[:, :1], 0)
-        return [self.round(session, turn, shape) for turn, shape in enumerate(shapes)]
+        corrections = shifts or [None] * len(shapes)
+        return [self.round(session, turn, *now) for turn, now in enumerate(zip(shapes, corrections, strict=True))]
 
-    def round(self, session: DraftSession, turn: int, shape: TreeShape) -> DraftTree:
+    def round(self, session: DraftSession, turn: int, shape: TreeShape, shifts: np.ndarray | None = None) -> DraftTree:
         known, count = 1 + sum(COMMITS[:turn]), COMMITS[turn]
-        session.commit(self.ids[:, known : known + count], self.features[:, known - 1 : known + count - 1])
-        return DraftTree.unpack(self.ids[:, known + count - 1 : known + count], session.grow(shape))
+        features = None if self.features is None else self.features[:, known - 1 : known + count - 1]
+        session.commit(self.ids[:, known : known + count], features)
+        return DraftTree.unpack(self.ids[:, known + count - 1 : known + count], session.grow(shape, None, shifts))
 
 
 def assert_same(found: list[DraftTree], expected: list[DraftTree]) -> None:
@@ -102,6 +107,30 @@ def test_fixed_shapes_grow_the_hosts_tree(
     last = eagle_2(from_scratch(draft, answer.ids, answer.features[:, :-1], sharpness=1.7), shape)
     assert set(paths(found[-1])) == set(last)
     assert len({str(tree.tokens.tolist()) for tree in found}) > 1
+
+
+@pytest.mark.parametrize("kind", ["dgf", "lm"])
+def test_corrections_change_the_tree_alike_on_host_and_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards corrections that a graph would not see: other ones in every round, from the same captured kind.
+
+    Zero ones change nothing; strong ones give the chain of first choices, whatever the draft is sure of.
+    """
+    target, draft = made(kind, "llama", 1)
+    answer, shapes, rng = Answer(target, draft), [TreeShape(12, 5, 4)] * len(COMMITS), np.random.default_rng(0)
+    if kind == "lm":
+        answer.features = None
+    shifts = [np.sort(rng.normal(0, 2, (20, 10)))[:, ::-1].astype(np.float32).copy() for _ in COMMITS]
+    expected = answer.rounds(DraftSession(draft), shapes, shifts)
+    plain = answer.rounds(DraftSession(draft), shapes)
+    device = DraftSession(draft, on_host=False)
+    log = replaying(device, monkeypatch) if kind == "dgf" else ["capture"]
+    assert_same(answer.rounds(device, shapes, shifts), expected)
+    assert log.count("capture") == 1
+    assert sum(one.tokens.tolist() != other.tokens.tolist() for one, other in zip(plain, expected, strict=True)) > 5
+    assert_same(answer.rounds(DraftSession(draft), shapes, [np.zeros((20, 10), np.float32)] * len(COMMITS)), plain)
+    certain = np.concatenate((np.full((20, 1), 20.0), np.full((20, 9), -20.0)), axis=1).astype(np.float32)
+    for tree in answer.rounds(DraftSession(draft), shapes, [certain] * len(COMMITS)):
+        assert int(tree.depths.max()) == 6
 
 
 def test_a_round_is_replayed_and_a_second_answer_reuses_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:

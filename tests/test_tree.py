@@ -87,23 +87,24 @@ def random_candidates(rng: random.Random, size: int, ties: bool) -> Candidates:
     for parent in parents:
         loss = rng.randrange(3) if ties else rng.random() * 2
         scores.append((scores[parent] if parent >= 0 else 0.0) - loss)
-    tokens = [rng.randrange(50) for _ in range(size)]
-    return Candidates(torch.tensor([tokens]), torch.tensor([parents]), torch.tensor([scores]))
+    tokens, log_probs = [rng.randrange(50) for _ in range(size)], [-rng.random() for _ in range(size)]
+    return Candidates(*(torch.tensor([values]) for values in (tokens, parents, log_probs, scores)))
 
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_rerank_keeps_the_best_and_every_parent_of_them(seed: int, ties: bool) -> None:
-    """Guards the stable sort: a child with probability 1 ties with its parent and must not replace it."""
+    """Guards the stable sort: a child with probability 1 ties with its parent and must not replace it; and the two
+    numbers of a node: it is ranked by its score, and its log-probability is what is told of it."""
     rng = random.Random(seed)
     found = random_candidates(rng, 60, ties)
-    tokens, parents, scores = (t[0].tolist() for t in (found.tokens, found.parents, found.log_probs))
+    tokens, parents, log_probs, scores = (t[0].tolist() for t in vars(found).values())
     for nodes in (1, 7, 16, 60, 99):
         kept = sorted(sorted(range(60), key=lambda i: (-scores[i], i))[:nodes])
         tree = DraftTree.unpack(torch.tensor([[77]]), rerank(found, nodes))
         assert tree.tokens[0].tolist() == [77, *(tokens[i] for i in kept)]
         assert tree.parents[0].tolist() == [-1, *(kept.index(parents[i]) + 1 if parents[i] >= 0 else 0 for i in kept)]
-        assert tree.log_probs[0].tolist() == pytest.approx([0.0, *(scores[i] for i in kept)])
+        assert tree.log_probs[0].tolist() == pytest.approx([0.0, *(log_probs[i] for i in kept)])
     assert not ties or len(set(scores)) < 20
 
 
@@ -117,7 +118,8 @@ def test_rerank_ranks_each_row_of_a_batch_by_itself() -> None:
 
 def test_packing_keeps_the_bits_of_the_log_probabilities() -> None:
     """Guards the one-copy form: float32 travels as int32 bits, large token ids stay exact."""
-    found = Candidates(torch.tensor([[250_000, 3]]), torch.tensor([[-1, 0]]), torch.tensor([[-0.1, -1e-30 - 0.7]]))
+    log_probs = torch.tensor([[-0.1, -1e-30 - 0.7]])
+    found = Candidates(torch.tensor([[250_000, 3]]), torch.tensor([[-1, 0]]), log_probs, log_probs)
     packed = rerank(found, 2)
     tree = DraftTree.unpack(torch.tensor([[9]]), packed)
     assert packed.dtype == torch.int32
