@@ -13,10 +13,10 @@ from .register import register, unregister
 
 if TYPE_CHECKING:
     from .config import DovetailConfig, TreeShape
-    from .decode import GenerationStats
     from .engines import prepare_target, restore_target
     from .modeling import DovetailAssistantModel
     from .plugin import DovetailCandidateGenerator
+    from .stats import GenerationStats
 
 try:
     __version__ = version("hf_dovetail")
@@ -26,7 +26,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 _HOMES = {
     "DovetailConfig": "config",
     "TreeShape": "config",
-    "GenerationStats": "decode",
+    "GenerationStats": "stats",
     "DovetailAssistantModel": "modeling",
     "DovetailCandidateGenerator": "plugin",
     "prepare_target": "engines",

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .decode import GenerationStats, Round
+from .decode import Round
 from .engines import engine_of
 from .modeling import DovetailAssistantModel
+from .stats import GenerationStats
 
 
 def pair_path(part: str = "") -> Path:

@@ -39,11 +39,15 @@ class DovetailAssistantModel(PreTrainedModel):
     Attributes:
         draft_device: where it drafts: "auto" (the GPU if there is one, else the CPU), or a torch device.
         tree: the `TreeShape` of every round, or "auto": each round's own, chosen for this machine and this text.
+        strict: whether a failure of the draft in the middle of an answer is raised. By default it costs a warning, and
+            the answer goes on plainly.
+        setbacks: how often the draft's device ran out of memory; each halves the trees of later answers.
         last_stats: `GenerationStats` of the last call, or None.
         watch: called with each `decode.Round` of a call, or None.
         tokenizer_source: folder or name of the tokenizer that `save_pretrained` saves beside the draft, or None.
     """
 
+    strict = False
     config_class = DovetailConfig
     base_model_prefix = "draft"
     main_input_name = "input_ids"
@@ -54,6 +58,7 @@ class DovetailAssistantModel(PreTrainedModel):
     def __init__(self, config: DovetailConfig, lm: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.draft_device: str | torch.device = "auto"
+        self.setbacks = 0
         self.last_stats: Any = None
         self.watch: Callable[[Any], None] | None = None
         self.tokenizer_source: str | None = config.name_or_path or None
@@ -176,6 +181,15 @@ class DovetailAssistantModel(PreTrainedModel):
         device = resolve_device(self.draft_device)
         if self.device != device:
             self.to(device)
+
+    def release(self, out_of_memory: bool = False) -> None:
+        """Free what is kept on the device between answers; later trees are smaller if that was out of memory."""
+        self.setbacks += out_of_memory
+        if self.reads_features:
+            self.pool.bench = None
+        empty_cache = getattr(torch.get_device_module(self.device), "empty_cache", None)
+        if empty_cache is not None:
+            empty_cache()
 
     def new_cache(self, capacity: int) -> GrowingCache:
         """An empty cache for one drafting session of a wrapped causal LM."""

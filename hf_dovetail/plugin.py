@@ -18,11 +18,13 @@ from transformers.utils import logging
 
 from .config import TreeShape
 from .controller import LARGEST, Controller
-from .decode import GenerationStats, decode
+from .decode import decode
 from .draft import DraftSession
+from .drafting import Drafting
 from .learned import Learned, learned_of
 from .levels import KeepGoing
 from .modeling import DovetailAssistantModel
+from .stats import GenerationStats
 from .target import Context, FeatureTap, open_target
 from .threads import target_threads
 from .weights import check_fits
@@ -74,6 +76,11 @@ class DovetailCandidateGenerator(CandidateGenerator):
     ) -> Tensor:
         """(1, 3, N) int32: the packed tree of a round (`tree.rerank`)."""
         return self.session.grow(shape, keep_going, shifts)
+
+    def give_up(self, error: Exception) -> None:
+        """Leave the session after a failure, and free what it holds; after a lack of memory the next one is smaller."""
+        self.session = None
+        self.draft.release(out_of_memory=is_out_of_memory(error))
 
     def room(self, waiting: int = 0) -> int:
         """Levels that the draft's positions still allow behind `waiting` tokens that are not committed yet; without
@@ -213,11 +220,8 @@ def dovetail_decoding(
     """
     _check_inputs(target, input_ids, generation_config, model_kwargs, synced_gpus)
     stats = GenerationStats()
-    if _changes_rope(target, input_ids.shape[1], generation_config.max_length):
-        logger.warning(
-            "this answer may cross the length at which %s changes its RoPE; it is decoded plainly",
-            type(target).__name__,
-        )
+
+    def plainly() -> GenerateDecoderOnlyOutput | Tensor:
         answer = target._sample(
             input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **model_kwargs
         )
@@ -225,6 +229,30 @@ def dovetail_decoding(
         stats.new_tokens = sequences.shape[1] - input_ids.shape[1]
         assistant_model.last_stats = stats
         return answer
+
+    if _changes_rope(target, input_ids.shape[1], generation_config.max_length):
+        logger.warning(
+            "this answer may cross the length at which %s changes its RoPE; it is decoded plainly",
+            type(target).__name__,
+        )
+        return plainly()
+    shape = assistant_model.tree if isinstance(assistant_model.tree, TreeShape) else LARGEST
+    largest = smaller(shape, assistant_model.setbacks)
+    nodes, sharpness = largest.nodes, sharpness_of(generation_config)
+    try:
+        drafter = DovetailCandidateGenerator(assistant_model, target, input_ids.shape[1] + nodes, sharpness)
+    except Exception as error:
+        if assistant_model.strict or not is_out_of_memory(error):
+            raise
+        assistant_model.release(out_of_memory=True)
+        stats.draft_failed = True
+        logger.warning(
+            "the draft does not fit into the memory of %s (%s); this answer is decoded plainly. Choose another "
+            "draft.draft_device, or set draft.strict = True to raise the error instead",
+            assistant_model.draft_device,
+            error,
+        )
+        return plainly()
     selector = TokenSelector(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     context = Context(
         cache=model_kwargs["past_key_values"],
@@ -234,10 +262,9 @@ def dovetail_decoding(
         max_length=generation_config.max_length,
         options={k: v for k, v in model_kwargs.items() if k not in _PREPARED and v is not None},
     )
-    nodes = (assistant_model.tree if isinstance(assistant_model.tree, TreeShape) else LARGEST).nodes
-    sharpness = sharpness_of(generation_config)
-    drafter = DovetailCandidateGenerator(assistant_model, target, input_ids.shape[1] + nodes, sharpness)
     learned, controller = _controller(assistant_model, target, generation_config.do_sample)
+    controller.largest = largest
+    drafting = Drafting(drafter, controller, stats, assistant_model.strict)
 
     def prefill(cache: Any) -> Any:
         return target._prefill(input_ids, generation_config, {**model_kwargs, "past_key_values": cache})
@@ -247,7 +274,7 @@ def dovetail_decoding(
     try:
         with target_threads(), verifier:
             watch = assistant_model.watch
-            decode(verifier, drafter, input_ids, prefill, selector, selector.remaining, controller, stats, watch)
+            decode(verifier, drafting, input_ids, prefill, selector, selector.remaining, stats, watch)
     finally:
         assistant_model.last_stats = stats
     if learned is not None:
@@ -261,6 +288,19 @@ def dovetail_decoding(
     return GenerateDecoderOnlyOutput(
         sequences=selector.input_ids, scores=selector.scores, logits=selector.logits, past_key_values=cache
     )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device, or the host, had no memory left; not every backend has an exception of its own for it."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(words in str(error).lower() for words in ("out of memory", "can't allocate memory"))
+
+
+def smaller(shape: TreeShape, setbacks: int) -> TreeShape:
+    """The shape, its nodes and width halved `setbacks` times; one of each is left."""
+    if setbacks == 0 or shape.nodes == 0:
+        return shape
+    return TreeShape(max(shape.nodes >> setbacks, 1), shape.depth, max(shape.top_k >> setbacks, 1))
 
 
 def sharpness_of(config: GenerationConfig) -> float:

@@ -32,6 +32,12 @@ def _no_accelerator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
 
 
+@pytest.fixture(autouse=True)
+def _strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft that fails would go unnoticed otherwise: the answers stay the same."""
+    monkeypatch.setattr(DovetailAssistantModel, "strict", True)
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[[str], PreTrainedModel]:
     """Makes the tiny model of a family, once."""

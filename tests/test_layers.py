@@ -11,10 +11,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "hf_dovetail"
 LAYERS = (
     ("config", "tree", "register", "recipe", "packed", "grouped", "threads", "curves", "acceptance", "rows"),
     ("accept", "cache", "attention", "engines", "weights", "blocks", "levels", "costs"),
-    ("modeling", "probe", "controller"),
+    ("modeling", "probe", "controller", "stats"),
     ("steps", "target", "learned"),
     ("graphs",),
     ("draft",),
+    ("drafting",),
     ("decode",),
     ("plugin",),
     ("calibrate", "train"),

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from ..config import TreeShape
-from ..decode import GenerationStats
 from ..modeling import DovetailAssistantModel
+from ..stats import GenerationStats
 
 PLAIN = "plain"
 _CHAINS = (5, 8, 20)
