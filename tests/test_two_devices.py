@@ -1,0 +1,139 @@
+"""The whole loop with the draft on another device, simulated: nothing mixes, nothing waits, every byte is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from two_devices import DEVICE, Accelerator, Remote
+
+from hf_dovetail import DovetailAssistantModel, TreeShape
+from hf_dovetail.decode import Round
+
+ROUND_KIB = 80  # of a 7 B shape with 16 nodes, in both directions
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> Accelerator:
+    simulated = Accelerator()
+    simulated.install(monkeypatch)
+    return simulated
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (lambda here, there: here + there, "expected all tensors on one device"),
+        (lambda here, there: torch.cat((here, there)), "expected all tensors on one device"),
+        (lambda here, there: there[here > 0], "expected all tensors on one device|boolean mask"),
+        (lambda here, there: there[there > 0], "boolean mask"),
+        (lambda here, there: there.sum().item(), "would stop the host"),
+        (lambda here, there: there.tolist(), "would stop the host|"),
+        (lambda here, there: bool((there > 0).all()), "would stop the host"),
+        (lambda here, there: there.nonzero(), "would stop the host"),
+    ],
+)
+def test_the_simulation_notices(
+    mistake: Callable[[Tensor, Tensor], Any], message: str, accelerator: Accelerator
+) -> None:
+    """The tests below prove something: each of these mistakes raises, and the same on the CPU alone does not."""
+    here = torch.arange(4.0)
+    mistake(here, here)
+    with accelerator:
+        there = here.to(DEVICE)
+        with pytest.raises(RuntimeError, match=message):
+            mistake(here, there)
+
+
+def test_the_simulation_computes_and_counts(accelerator: Accelerator) -> None:
+    here = torch.arange(12.0).view(3, 4)
+    with accelerator:
+        there = here.to(DEVICE)
+        assert isinstance(there, Remote)
+        assert there.device == DEVICE
+        assert accelerator.bytes_in == 48
+        made = torch.zeros(3, device=DEVICE)
+        made[1:] = 2.0
+        product = there.softmax(-1) * made[:, None] + torch.ones_like(there)
+        assert isinstance(product, Remote)
+        back = product.cpu()
+        assert type(back) is Tensor
+        assert (accelerator.bytes_in, accelerator.bytes_out) == (48, 48)
+        there.copy_(here)
+        assert accelerator.bytes_in == 96
+    torch.testing.assert_close(back, here.softmax(-1) * torch.tensor([0.0, 2, 2])[:, None] + 1)
+
+
+@pytest.mark.parametrize("tree", ["auto", TreeShape(8, 3, 4)], ids=["auto", "fixed"])
+@pytest.mark.parametrize("kind", ["noisy", "untrained"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_the_loop_keeps_devices_apart(family: str, kind: str, tree: Any, ids: Tensor, accelerator: Accelerator) -> None:
+    """The answers are plain generate's, and what the statistics say crossed is what crossed."""
+    target = tiny.build(family)
+    draft = tiny.draft_for(target, kind)
+    draft.tree, draft.draft_device = tree, str(DEVICE)
+    options = {"max_new_tokens": 24}
+    for sample in (False, True):
+        plain = tiny.run(target, ids, do_sample=sample, **options)
+        with accelerator:
+            tiny.assert_same(plain, tiny.run(target, ids, draft, do_sample=sample, **options))
+            assert {p.device for p in draft.parameters()} == {DEVICE}
+            before = accelerator.bytes_in, accelerator.bytes_out
+            tiny.assert_same(plain, tiny.run(target, ids, draft, do_sample=sample, **options))
+            crossed = accelerator.bytes_in - before[0], accelerator.bytes_out - before[1]
+        stats = draft.last_stats
+        assert crossed == (stats.bytes_to_draft, stats.bytes_to_target)
+        assert min(crossed) > 0
+    assert not any(isinstance(p, Remote) for p in target.parameters())
+
+
+def repeating_target() -> PreTrainedModel:
+    """Of 7 B width, with one small layer; always the same token, so that a draft is right about whole paths."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=4096,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=32,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    target = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    direction = torch.randn(4096, dtype=torch.bfloat16)
+    with torch.no_grad():
+        target.model.embed_tokens.weight.copy_(direction + 0.1 * torch.randn(64, 4096))
+        target.lm_head.weight[7] = 0.2 * direction
+    return target
+
+
+def test_a_round_of_a_7_b_shape_moves_at_most_80_kib(ids: Tensor, accelerator: Accelerator) -> None:
+    """Of the target only the accepted nodes' features and ids, of the draft only the packed tree, also with paths of
+    eight nodes accepted; no round moves what another has moved."""
+    target = repeating_target()
+    draft = DovetailAssistantModel.from_target(target)
+    draft.tree, draft.draft_device, moved = TreeShape(16, 7, 10), str(DEVICE), []
+
+    def watch(done: Round) -> None:
+        moved.append((len(done.accepted.tokens), accelerator.bytes_in + accelerator.bytes_out))
+
+    draft.watch = watch
+    with accelerator:
+        ours = tiny.run(target, ids % 64, draft, max_new_tokens=60)
+    assert ours.sequences.tolist() == tiny.run(target, ids % 64, max_new_tokens=60).sequences.tolist()
+    accepted = [tokens for tokens, _ in moved]
+    assert max(accepted) == 9
+    for (tokens, before), (_, after) in pairwise(moved):
+        features = tokens * 4096 * 2
+        assert features < after - before <= features + 512
+        assert after - before <= ROUND_KIB * 1024
+    assert {shape for way, shape, _ in accelerator.copies if way == "out"} >= {(1, 3, 16)}

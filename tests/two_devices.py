@@ -1,0 +1,138 @@
+"""Two devices on a machine that has one: tensors of a simulated accelerator live on the CPU and say otherwise.
+
+`Accelerator()` is a dispatch mode. Inside it `device="xpu:0"` works: such tensors are `Remote` ones, which compute with
+each other only. Mixing them with the CPU's raises, as it would on a real one, and so does whatever would stop the host
+until the device is done (`item`, boolean indexing). Copies from one side to the other are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DEVICE = torch.device("xpu:0")
+_ops = torch.ops.aten
+_STOPS_THE_HOST = {
+    _ops._local_scalar_dense,
+    _ops.nonzero,
+    _ops.masked_select,
+    _ops.equal,
+    _ops.is_nonzero,
+    _ops.unique_consecutive,
+    _ops._unique2,
+}
+
+
+class Remote(Tensor):
+    """A tensor on the simulated device; `held` is its data on the CPU."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Remote:
+        with torch.inference_mode(False):
+            remote = Tensor._make_wrapper_subclass(
+                cls,
+                held.shape,
+                strides=held.stride(),
+                storage_offset=held.storage_offset(),
+                dtype=held.dtype,
+                device="meta",  # torch itself must not look for the device
+                requires_grad=held.requires_grad,
+            )
+        remote.held = held
+        return remote
+
+    @property
+    def device(self) -> torch.device:
+        return DEVICE
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        return _computed(func, args, kwargs or {}, None)
+
+    def __repr__(self, **options: Any) -> str:
+        return f"Remote({self.held!r})"
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
+
+class Accelerator(TorchDispatchMode):
+    """Makes `xpu:0` a device.
+
+    Attributes:
+        bytes_in, bytes_out: copied to the device, and from it.
+        copies: every copy, as ("in" or "out", shape, bytes).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes_in = self.bytes_out = 0
+        self.copies: list[tuple[str, tuple[int, ...], int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        return _computed(func, args, kwargs or {}, self.count)
+
+    def count(self, way: str, data: Tensor) -> None:
+        self.copies.append((way, tuple(data.shape), data.nbytes))
+        if way == "in":
+            self.bytes_in += data.nbytes
+        else:
+            self.bytes_out += data.nbytes
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let torch find the device."""
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("xpu"))
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.xpu, "_lazy_init", lambda: None)
+        monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+
+
+def _computed(func: Any, args: tuple, kwargs: dict[str, Any], count: Callable[[str, Tensor], None] | None) -> Any:
+    packet = func.overloadpacket
+    tensors = [value for value in _pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    remote = [tensor for tensor in tensors if isinstance(tensor, Remote)]
+    here = [tensor for tensor in tensors if not isinstance(tensor, Remote)]
+    goes = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
+    if goes is not None and goes.type == "meta":  # what torch takes a remote tensor's device for
+        goes = DEVICE
+    moves = packet in (_ops._to_copy, _ops.copy_)
+    if remote and here and not moves and any(tensor.ndim > 0 for tensor in here):
+        raise RuntimeError(
+            f"{func}: expected all tensors on one device, got {[(tuple(t.shape), str(t.device)) for t in tensors]}"
+        )
+    if remote and packet in _STOPS_THE_HOST:
+        raise RuntimeError(f"{func} would stop the host until the device is done")
+    if (
+        remote
+        and packet in (_ops.index, _ops.index_put, _ops.index_put_)
+        and any(isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) for part in args[1])
+    ):
+        raise RuntimeError(f"{func} with a boolean mask would stop the host until the device is done")
+    if remote and packet is _ops._fused_sdp_choice:
+        return 0  # the composite of plain operations: that device's own kernels are not here
+    if goes is not None and goes.type == DEVICE.type:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    inner_args, inner_kwargs = _pytree.tree_map_only(Remote, lambda tensor: tensor.held, (args, kwargs))
+    result = func(*inner_args, **inner_kwargs)
+    on_device = bool(remote)
+    if packet is _ops._to_copy and goes is not None:
+        on_device = goes.type == DEVICE.type
+        if on_device != bool(remote) and count is not None:
+            count("in" if on_device else "out", result)
+    elif packet is _ops.copy_:
+        on_device = isinstance(args[0], Remote)
+        if on_device != isinstance(args[1], Remote) and count is not None:
+            count("in" if on_device else "out", inner_args[0])
+    elif goes is not None:
+        on_device = goes.type == DEVICE.type
+    if func._schema.is_mutable and isinstance(args[0], Remote) and result is inner_args[0]:
+        return args[0]
+    return _pytree.tree_map_only(Tensor, Remote, result) if on_device else result
