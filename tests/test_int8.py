@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_dovetail import TreeShape, prepare_target
 from hf_dovetail.demo import load_pair, pair_path
-from hf_dovetail.engines import engine_of, int8, onednn, restore_target
+from hf_dovetail.engines import engine_of, int8, onednn, quantised, restore_target
 from hf_dovetail.packed import PackedWeight
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -21,14 +21,14 @@ reason = int8.why_not(tiny.build("llama"))
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
 
 
-def kernel(weight: torch.Tensor) -> int8.Int8Kernel:
-    return int8.Int8Kernel("weight", weight, int8.Int8Matrix())
+def kernel(weight: torch.Tensor, by: type = int8.OneDnnInt8) -> quantised.QuantisedKernel:
+    return quantised.QuantisedKernel("weight", weight, int8.Int8Matrix(by))
 
 
-def siblings(count: int = 3) -> list[int8.Int8Kernel]:
+def siblings(count: int = 3) -> list[quantised.QuantisedKernel]:
     matrix = int8.Int8Matrix()
     weights = torch.randn(count, 24, 16, generator=torch.Generator().manual_seed(1))
-    return [int8.Int8Kernel(f"weight{index}", weight, matrix) for index, weight in enumerate(weights)]
+    return [quantised.QuantisedKernel(f"weight{index}", weight, matrix) for index, weight in enumerate(weights)]
 
 
 def prompts(count: int) -> list[str]:
@@ -89,8 +89,8 @@ def test_siblings_share_one_product_and_never_an_old_one(monkeypatch: pytest.Mon
     first, second, third = siblings()
     alone = [kernel(each.dense()) for each in (first, second, third)]
     calls = []
-    quantise = int8.quantise
-    monkeypatch.setattr(int8, "quantise", lambda rows: calls.append(rows) or quantise(rows))
+    product = int8.Int8Matrix.product
+    monkeypatch.setattr(int8.Int8Matrix, "product", lambda self, rows: calls.append(rows) or product(self, rows))
     rows = torch.randn(4, 16, generator=torch.Generator().manual_seed(2))
     parts = [each.linear(rows, None) for each in (first, second, third)]
     assert len(calls) == 1
@@ -121,10 +121,10 @@ def test_a_shared_product_lives_no_longer_than_its_input_and_belongs_to_its_thre
     other.join()
     assert torch.equal(found[0], expected)
     first.linear(rows, None)
-    assert int8._thread.pending is not None
+    assert quantised._thread.pending is not None
     del rows, other
     gc.collect()
-    assert int8._thread.pending is None
+    assert quantised._thread.pending is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -162,7 +162,7 @@ def test_head_ties_and_routers_keep_their_precision() -> None:
     assert isinstance(kernels.pop("model.embed_tokens.weight"), onednn.OneDnnKernel)
     assert target.lm_head.weight is target.model.embed_tokens.weight
     assert len(kernels) == 56
-    assert all(isinstance(each, int8.Int8Kernel) for each in kernels.values())
+    assert all(isinstance(each, quantised.QuantisedKernel) for each in kernels.values())
     layer = target.model.layers[3]
     matrices = {p.kernel.matrix for p in (layer.self_attn.q_proj.weight, layer.self_attn.v_proj.weight)}
     assert len(matrices) == 1
@@ -247,4 +247,4 @@ def test_weights_that_do_not_fit_eight_bits_keep_their_precision() -> None:
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("inf")
     prepare_target(model, engine="int8")
     assert isinstance(model.model.layers[0].mlp.up_proj.weight.kernel, onednn.OneDnnKernel)
-    assert isinstance(model.model.layers[0].mlp.gate_proj.weight.kernel, int8.Int8Kernel)
+    assert isinstance(model.model.layers[0].mlp.gate_proj.weight.kernel, quantised.QuantisedKernel)
