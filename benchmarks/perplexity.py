@@ -1,4 +1,4 @@
-"""What the 8-bit engine costs in quality: perplexity on real text against bf16, and which layers are to blame.
+"""What 8 and 4 bits cost in quality: perplexity on real text against bf16, and which layers are to blame in 8 bits.
 
     python benchmarks/perplexity.py [--texts 64] [--name perplexity]
 
@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from common import SHARED, humaneval_prompts, story_prompts, write
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_dovetail.demo import pair_path
-from hf_dovetail.engines import int8, onednn
+from hf_dovetail.engines import int4, int8, onednn, quantised
 
 LENGTH = 256
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -52,16 +53,22 @@ def quantise_some(model: PreTrainedModel, chosen: Callable[[str], bool]) -> None
     """Quantise the linear weights whose names are `chosen`, and leave the others as they are."""
     head = model.get_output_embeddings().weight
 
-    def pack(name: str, weight: Tensor, is_embedding: bool) -> int8.Int8Kernel | None:
+    def pack(name: str, weight: Tensor, is_embedding: bool) -> quantised.QuantisedKernel | None:
         if is_embedding or weight.data_ptr() == head.data_ptr() or not chosen(name):
             return None
-        return int8.Int8Kernel(name, weight, int8.Int8Matrix())
+        return quantised.QuantisedKernel(name, weight, int8.Int8Matrix())
 
-    int8.Int8Swap(model).pack(model, pack)
+    quantised.QuantisedSwap(model).pack(model, pack)
+
+
+def unclipped(model: PreTrainedModel) -> None:
+    """Quantise to 4 bits with each group's whole range."""
+    with mock.patch.object(int4, "_KEPT_RANGES", (1.0,)):
+        int4.prepare(model)
 
 
 def measure(folder: Path, prompts: list[str]) -> dict[str, Any]:
-    """One model: bf16, onednn, int8, and int8 for some layers only."""
+    """One model: bf16, onednn, int8, int4, and int8 for some layers only."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = [tokenizer(text, return_tensors="pt").input_ids[:, :LENGTH] for text in prompts]
     texts = [ids for ids in texts if ids.shape[1] > 1]
@@ -84,6 +91,8 @@ def measure(folder: Path, prompts: list[str]) -> dict[str, Any]:
         "onednn": compare(plain, loss_of(onednn.prepare)),
         "int8": compare(plain, loss_of(int8.prepare)),
         "int8 of the fp32 model": compare(plain, loss_of(int8.prepare, torch.float32)),
+        "int4": compare(plain, loss_of(int4.prepare)),
+        "int4 without clipping": compare(plain, loss_of(unclipped)),
     }
     for name, group in groups.items():
         alone = loss_of(lambda model, group=group: quantise_some(model, group))
