@@ -1,6 +1,6 @@
 """What 8 and 4 bits cost in quality: perplexity on real text against bf16, and which layers are to blame in 8 bits.
 
-    python benchmarks/perplexity.py [--texts 64] [--name perplexity]
+    python benchmarks/perplexity.py [--texts 64] [--engines-only] [--name perplexity]
 
 The demo target on HumanEval prompts; where ../shared is present, the real Llamas there on stories ("atome" there is a
 GPT-2, which has no nn.Linear to quantise). "only" quantises one kind of layer, "without" all others.
@@ -67,8 +67,8 @@ def unclipped(model: PreTrainedModel) -> None:
         int4.prepare(model)
 
 
-def measure(folder: Path, prompts: list[str]) -> dict[str, Any]:
-    """One model: bf16, onednn, int8, int4, and int8 for some layers only."""
+def measure(folder: Path, prompts: list[str], by_layer: bool) -> dict[str, Any]:
+    """One model: bf16, onednn, int8, int4, and, if asked for, int8 for some layers only."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = [tokenizer(text, return_tensors="pt").input_ids[:, :LENGTH] for text in prompts]
     texts = [ids for ids in texts if ids.shape[1] > 1]
@@ -94,7 +94,7 @@ def measure(folder: Path, prompts: list[str]) -> dict[str, Any]:
         "int4": compare(plain, loss_of(int4.prepare)),
         "int4 without clipping": compare(plain, loss_of(unclipped)),
     }
-    for name, group in groups.items():
+    for name, group in groups.items() if by_layer else ():
         alone = loss_of(lambda model, group=group: quantise_some(model, group))
         others = loss_of(lambda model, group=group: quantise_some(model, lambda weight: not group(weight)))
         result[f"only {name}"], result[f"without {name}"] = compare(plain, alone), compare(plain, others)
@@ -110,6 +110,7 @@ def stories() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=164, help="at most so many texts per model")
+    parser.add_argument("--engines-only", action="store_true", help="leave out the rows of single kinds of layer")
     parser.add_argument("--name", default="perplexity")
     arguments = parser.parse_args()
     jobs = {"demo target, HumanEval prompts": (pair_path("target"), humaneval_prompts())}
@@ -117,7 +118,7 @@ def main() -> None:
         jobs |= {f"{name}, stories": (SHARED / "models" / name, stories()) for name in MODELS}
     results = {}
     for name, (folder, texts) in jobs.items():
-        results[name] = measure(folder, texts[: arguments.texts])
+        results[name] = measure(folder, texts[: arguments.texts], not arguments.engines_only)
         print(f"{name}: {results[name]['tokens']} tokens, bf16 {results[name]['bf16']}")
         for which, found in results[name].items():
             if isinstance(found, dict):
