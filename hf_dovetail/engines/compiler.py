@@ -9,7 +9,6 @@ import platform
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -32,10 +31,10 @@ def library(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
     Raises:
         CompileError: without a compiler, or if it fails, or the cache cannot be written.
     """
-    if not sys.platform.startswith("linux"):
-        raise CompileError(f"native kernels are built on Linux only, not on {sys.platform}")
-    command = [*_compiler(), *flags]
-    described = "\0".join((source.read_text(encoding="utf-8"), *command, _version(command[0]), platform.machine()))
+    compiler = _compiler()
+    command = [*compiler, *flags]
+    version = _run([*compiler, "--version"])
+    described = "\0".join((source.read_text(encoding="utf-8"), *command, version, platform.machine()))
     path = user_cache() / "native" / f"{hashlib.sha256(described.encode()).hexdigest()[:24]}.so"
     try:
         if not path.exists():
@@ -57,10 +56,6 @@ def _compiler() -> list[str]:
         wanted = f"$CC is {chosen[0]!r}, which" if chosen else f"none of {', '.join(_COMPILERS)}"
         raise CompileError(f"no C compiler: {wanted} is not on the path; install gcc or clang, or set $CC")
     return [found[0], *chosen[1:]]
-
-
-def _version(compiler: str) -> str:
-    return _run([compiler, "--version"])
 
 
 def _run(command: list[str]) -> str:

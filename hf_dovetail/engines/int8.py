@@ -150,7 +150,7 @@ def prepare(model: PreTrainedModel) -> Swap:
 
 def _native_why_not() -> str | None:
     """Why the native kernel cannot or should not be used, or None."""
-    if torch.cpu._is_amx_tile_supported():
+    if "amx_int8" in native.cpu_flags():
         return "this CPU has AMX, which oneDNN uses"
     return native.why_not()
 

@@ -248,12 +248,6 @@ TARGET static void work(void *argument) {
   }
 }
 
-int dovetail_supported(void) {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vnni");
-}
-
 void dovetail_use_threads(void *run, void *number, void *size, void *wait) {
   parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))run;
   thread_number = (int (*)(void))number, team_size = (int (*)(void))size;

@@ -26,6 +26,7 @@ _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=off", f"-DGROU
 _COLUMNS = 32  # output channels of a block; COLUMNS in the source
 _INPUTS = 16  # 8-bit rows are padded to a multiple
 _ZERO_POINT = 128  # of 8-bit weights
+_INSTRUCTIONS = {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}
 _THREADING = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
 _ALONE = 1 << 18  # weights below which waking other threads costs more than they save
 
@@ -46,8 +47,12 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or the reason why there is none."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return None, f"the native kernels are for x86-64, not for {platform.machine()}"
+    system = platform.system(), platform.machine()
+    if system != ("Linux", "x86_64"):
+        return None, f"the native kernels are for Linux on x86-64, not for {' on '.join(system)}"
+    missing = _INSTRUCTIONS - cpu_flags()
+    if missing:
+        return None, f"this CPU has no AVX512-VNNI (missing: {', '.join(sorted(missing))})"
     try:
         found = library(_SOURCE, _FLAGS)
         openmp = [ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p) for name in _THREADING]
@@ -55,8 +60,6 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, str(error)
     except AttributeError as error:
         return None, f"this build of torch does not bring GNU OpenMP along ({error})"
-    if not found.dovetail_supported():
-        return None, "this CPU has no AVX512-VNNI"
     number, size = ctypes.c_void_p, ctypes.c_long
     found.dovetail_use_threads.argtypes = [ctypes.c_void_p] * len(openmp)
     found.dovetail_use_threads(*openmp)
@@ -64,6 +67,15 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     found.dovetail_product.argtypes = [number] * 5 + [size] * 4 + [ctypes.c_int] * 3
     found.dovetail_product.restype = None
     return found, None
+
+
+def cpu_flags() -> set[str]:
+    """What the CPU can do, in Linux's names; empty on other systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
 class _Native:
