@@ -21,6 +21,7 @@ from transformers.initialization import no_init_weights
 
 from hf_dovetail import prepare_target
 from hf_dovetail.bench.machine import read_bandwidth
+from hf_dovetail.bench.parts import read_bytes, weight_shapes
 from hf_dovetail.engines import int4, int8, native
 from hf_dovetail.threads import target_threads
 
@@ -52,9 +53,8 @@ def build(layers: int) -> PreTrainedModel:
     return model
 
 
-def prepared(engine: str, layers: int) -> PreTrainedModel:
+def prepared(engine: str, model: PreTrainedModel) -> PreTrainedModel:
     """The model on one of `ENGINES`."""
-    model = build(layers)
     name = engine.split()[0]
     if engine != "int8 (oneDNN)":
         return prepare_target(model, engine=name)
@@ -62,19 +62,15 @@ def prepared(engine: str, layers: int) -> PreTrainedModel:
         return prepare_target(model, engine=name)
 
 
-def bytes_read(engine: str, model: PreTrainedModel) -> int:
-    """Bytes of weights that a pass over one row reads: the matrices without the embeddings, and the head in bf16."""
-    head = model.get_output_embeddings().weight.numel()
-    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2) - 2 * head
-    bits = {"onednn": 16, "int8": 8, "int4": 4 + 32 / native.GROUP}[engine.split()[0]]
-    return int(matrices * bits / 8) + 2 * head
-
-
 class Pass:
     """Forward passes of some rows over a filled cache."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.cache = model, DynamicCache(config=model.config)
+    def __init__(self, engine: str, layers: int) -> None:
+        model = build(layers)
+        shapes = weight_shapes(model)
+        self.model = prepared(engine, model)
+        self.read_bytes = read_bytes(model, shapes, KEYS)
+        self.cache = DynamicCache(config=model.config)
         self.ids = torch.randint(0, 32000, (1, KEYS), generator=torch.Generator().manual_seed(0))
         self.model(self.ids, past_key_values=self.cache, logits_to_keep=1)
 
@@ -114,7 +110,7 @@ def main() -> None:
         if reason is not None:
             raise SystemExit(f"not measured: {reason}")
     with target_threads() as threads:
-        passes = {engine: Pass(prepared(engine, arguments.layers)) for engine in ENGINES}
+        passes = {engine: Pass(engine, arguments.layers) for engine in ENGINES}
         times: dict[str, dict[int, list[float]]] = {name: {rows: [] for rows in arguments.rows} for name in passes}
         bandwidths = []
         for repeat in range(arguments.repeats + 1):
@@ -129,9 +125,7 @@ def main() -> None:
         for engine, by_rows in times.items()
     }
     bandwidth = statistics.median(bandwidths)
-    aims = summary(
-        medians, {engine: bytes_read(engine, forward.model) for engine, forward in passes.items()}, bandwidth
-    )
+    aims = summary(medians, {engine: forward.read_bytes for engine, forward in passes.items()}, bandwidth)
     for engine in medians:
         print(f"{engine:14}", medians[engine], aims[engine])
     print(f"read bandwidth {bandwidth} GB/s ({min(bandwidths)} to {max(bandwidths)})")

@@ -12,6 +12,7 @@ import torch
 
 from hf_dovetail import prepare_target
 from hf_dovetail.engines import compiler, int4, int8, native
+from hf_dovetail.engines.quantised import QuantisedKernel
 from hf_dovetail.packed import PackedWeight
 
 SHAPES = ((3, 5), (33, 70), (100, 172), (512, 192), (1100, 1024), (64, 8192))
@@ -121,6 +122,15 @@ def test_threads_do_not_change_a_bit_and_do_not_meet() -> None:
     for worker in workers:
         worker.join()
     assert all(torch.equal(each, expected[index]) for index, results in found.items() for each in results)
+
+
+@available
+def test_stored_bytes_are_what_a_product_reads() -> None:
+    outputs, inputs = (64, 32), 320
+    for matrix, scales in ((int8.Int8Matrix(native.NativeInt8), 4), (int8.Int8Matrix(), 4), (int4.Int4Matrix(), 0)):
+        kernels = [QuantisedKernel("weight", torch.randn(each, inputs), matrix) for each in outputs]
+        share = 5 / 8 if isinstance(matrix, int4.Int4Matrix) else 1
+        assert [each.stored_bytes for each in kernels] == [each * (inputs * share + scales) for each in outputs]
 
 
 @pytest.fixture

@@ -69,6 +69,12 @@ class Int4Matrix:
         self._width = 0
         self._packed: NativeInt4 | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Of the packed weights with their scales."""
+        self.pack()
+        return self._packed.nbytes
+
     def add(self, weight: Tensor) -> int:
         """Quantise a matrix (n, K) and stack it below the others; return its number."""
         first = self.places[-1].stop if self.places else 0

@@ -52,6 +52,7 @@ class OneDnnInt8:
     def __init__(self, levels: Tensor, scales: Tensor) -> None:
         self._packed, self._scales = torch.ops.onednn.qlinear_prepack(levels, None), scales
         self._zeros = torch.zeros(len(scales), dtype=torch.int64)
+        self.nbytes = levels.nbytes + scales.nbytes
 
     def product(self, rows: Tensor) -> Tensor:
         """(R, K) bf16 or fp32 to (R, N)."""
@@ -91,6 +92,12 @@ class Int8Matrix:
         self._levels: list[Tensor] = []  # of the matrices added so far, until they are packed
         self._scales: list[Tensor] = []
         self._packed: OneDnnInt8 | native.NativeInt8 | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of the packed weights with their scales."""
+        self.pack()
+        return self._packed.nbytes
 
     def add(self, weight: Tensor) -> int:
         """Quantise a matrix (n, K) and stack it below the others; return its number."""

@@ -55,13 +55,13 @@ static long tile_begin(long count, long tile) { return count * tile / tiles(coun
 
 INLINE __m512 widen(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
 
-/* To bf16, to nearest even; not vcvtneps2bf16, which loses denormal numbers and is not on every CPU. */
+/* To bf16, to nearest even; not vcvtneps2bf16, which loses denormal numbers and is not on every CPU. NaN stays NaN: it comes
+ * from a bf16 number, or is the default one, and has no lower bits that a carry could start from. */
 INLINE __m256i narrow(__m512 values) {
   __m512i bits = _mm512_castps_si512(values);
   __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 }
 
 INLINE __m512 round_bf16(__m512 values) { return widen(narrow(values)); }

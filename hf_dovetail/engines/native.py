@@ -86,6 +86,7 @@ class _Native:
         if found is None:
             raise RuntimeError(reason)
         self._blocks, self._scales = blocks, scales
+        self.nbytes = blocks.nbytes + (0 if scales is None else scales.nbytes)
         self._shape = outputs, width
         self._inputs = inputs
         self._four = scales is None

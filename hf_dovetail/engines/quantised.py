@@ -33,9 +33,11 @@ class Matrix(Protocol):
 
     Attributes:
         places: the rows of each in the stack.
+        nbytes: of the packed weights with their scales.
     """
 
     places: list[slice]
+    nbytes: int
 
     def add(self, weight: Tensor) -> int:
         """Quantise a matrix (n, K) and stack it below the others; return its number."""
@@ -65,6 +67,11 @@ class QuantisedKernel:
         self.name, self.shape, self.dtype = name, weight.shape, weight.dtype
         self.fingerprint = fingerprint(weight)
         self.matrix, self._number = matrix, matrix.add(weight)
+
+    @property
+    def stored_bytes(self) -> int:
+        """This weight's share of the packed matrix."""
+        return self.matrix.nbytes * self.shape[0] // self.matrix.places[-1].stop
 
     def linear(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         """(..., K) to (..., n)."""
