@@ -1,7 +1,7 @@
 /* Products of few rows with 8-bit and 4-bit weights, on CPUs with AVX512-VNNI.
  *
- * One call quantises the rows, multiplies and rescales. A row's result does not depend, bit for bit, on the rows computed
- * with it: integer sums are exact, and what follows them is the same sequence of operations for every row. So
+ * One call quantises the rows, multiplies and rescales. A row's result does not depend, bit for bit, on the rows
+ * computed with it: integer sums are exact, and what follows them is the same sequence of operations for every row. So
  * the compiler must not contract a product and a sum by itself (-ffp-contract=off).
  *
  * Threads are those of torch's own OpenMP library, whose functions are handed over (dovetail_use_threads): no second
@@ -43,7 +43,7 @@ typedef struct { /* a few rows, to be multiplied with a block of columns */
   long row, column;        /* the first ones */
   const uint8_t *weights;  /* of the block */
   const uint8_t *next;     /* where this tile's share of the next block begins, to be fetched meanwhile */
-  long pace;               /* bytes of it for each 128 bytes of weights */
+  long pace;               /* bytes of it for each step, of 128 bytes of levels */
   const int8_t *levels;    /* (inputs / 4, rows, 4) */
   const int32_t *sums;     /* (groups, rows) */
   const float *magnitudes; /* (rows,) */
@@ -55,8 +55,8 @@ static long tile_begin(long count, long tile) { return count * tile / tiles(coun
 
 INLINE __m512 widen(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
 
-/* To bf16, to nearest even; not vcvtneps2bf16, which loses denormal numbers and is not on every CPU. NaN stays NaN: it comes
- * from a bf16 number, or is the default one, and has no lower bits that a carry could start from. */
+/* To bf16, to nearest even; not vcvtneps2bf16, which loses denormal numbers and is not on every CPU. NaN stays NaN: it
+ * comes from a bf16 number, or is the default one, and has no lower bits that a carry could start from. */
 INLINE __m256i narrow(__m512 values) {
   __m512i bits = _mm512_castps_si512(values);
   __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -152,8 +152,8 @@ INLINE void int8_tile(const Task *t, const Tile *tile, const int rows) {
 }
 
 /* Weights of a block, for each group: (GROUP / 8, COLUMNS, 4) bytes, the low halves of which are the levels 0..15 of
- * four input channels and the high ones those of the next four; then (COLUMNS,) pairs of bf16, the lowest weight and, in
- * the high bytes, the step. */
+ * four input channels and the high ones those of the next four; then (COLUMNS,) pairs of bf16, the lowest weight and,
+ * in the high bytes, the step. */
 INLINE void int4_tile(const Task *t, const Tile *tile, const int rows) {
   const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi32((int)0xffff0000);
   const uint8_t *weights = tile->weights, *next = tile->next;
@@ -218,6 +218,7 @@ TARGET static void work(void *argument) {
   const Task *t = argument;
   const long number = t->threads > 1 ? thread_number() : 0, threads = t->threads > 1 ? team_size() : 1;
   const long blocks = (t->outputs + COLUMNS - 1) / COLUMNS, groups = t->inputs / t->group;
+  const long steps = t->inputs / (t->four ? 8 : 4);
   for (long done = 0; done < t->count; done += CHUNK) {
     const long count = t->count - done < CHUNK ? t->count - done : CHUNK;
     if (done && threads > 1) barrier();
@@ -238,7 +239,7 @@ TARGET static void work(void *argument) {
             .column = block * COLUMNS,
             .weights = weights,
             .next = weights + t->block + t->block * i / tiles(count),
-            .pace = 128 / tiles(count),
+            .pace = t->block / steps / tiles(count),
             .levels = t->levels + begin * t->inputs,
             .sums = t->sums + begin * groups,
             .magnitudes = t->magnitudes + begin,
@@ -256,8 +257,8 @@ void dovetail_use_threads(void *run, void *number, void *size, void *wait) {
 
 long dovetail_scratch(long inputs, long group) { return CHUNK * (inputs + inputs / group * 4 + 4); }
 
-void dovetail_product(const void *rows, void *output, const void *weights, const float *scales, void *scratch, long count,
-                      long width, long inputs, long outputs, int bf16, int four, int threads) {
+void dovetail_product(const void *rows, void *output, const void *weights, const float *scales, void *scratch,
+                      long count, long width, long inputs, long outputs, int bf16, int four, int threads) {
   const long group = four ? GROUP : inputs;
   int8_t *levels = scratch;
   int32_t *sums = (int32_t *)(levels + CHUNK * inputs);
