@@ -86,6 +86,7 @@ def test_four_bit_ranges_are_clipped_where_it_pays() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(int4, "_KEPT_RANGES", kept)
             levels, least, step = int4.quantise(weight)
+        assert (step > 0).all()
         found = (levels * step[..., None].float() + least[..., None].float()).flatten(1)[:, : weight.shape[1]]
         return (found - weight)[:7].square().sum(1)
 
