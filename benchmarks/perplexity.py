@@ -1,6 +1,6 @@
-"""What the 8-bit engine costs in quality: perplexity on real text against bf16, and which layers are to blame.
+"""What 8 and 4 bits cost in quality: perplexity on real text against bf16, and which layers are to blame in 8 bits.
 
-    python benchmarks/perplexity.py [--texts 64] [--name perplexity]
+    python benchmarks/perplexity.py [--texts 64] [--engines-only] [--name perplexity]
 
 The demo target on HumanEval prompts; where ../shared is present, the real Llamas there on stories ("atome" there is a
 GPT-2, which has no nn.Linear to quantise). "only" quantises one kind of layer, "without" all others.
@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from common import SHARED, humaneval_prompts, story_prompts, write
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_dovetail.demo import pair_path
-from hf_dovetail.engines import int8, onednn
+from hf_dovetail.engines import int4, int8, onednn, quantised
 
 LENGTH = 256
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -52,16 +53,22 @@ def quantise_some(model: PreTrainedModel, chosen: Callable[[str], bool]) -> None
     """Quantise the linear weights whose names are `chosen`, and leave the others as they are."""
     head = model.get_output_embeddings().weight
 
-    def pack(name: str, weight: Tensor, is_embedding: bool) -> int8.Int8Kernel | None:
+    def pack(name: str, weight: Tensor, is_embedding: bool) -> quantised.QuantisedKernel | None:
         if is_embedding or weight.data_ptr() == head.data_ptr() or not chosen(name):
             return None
-        return int8.Int8Kernel(name, weight, int8.Int8Matrix())
+        return quantised.QuantisedKernel(name, weight, int8.Int8Matrix())
 
-    int8.Int8Swap(model).pack(model, pack)
+    quantised.QuantisedSwap(model).pack(model, pack)
 
 
-def measure(folder: Path, prompts: list[str]) -> dict[str, Any]:
-    """One model: bf16, onednn, int8, and int8 for some layers only."""
+def unclipped(model: PreTrainedModel) -> None:
+    """Quantise to 4 bits with each group's whole range."""
+    with mock.patch.object(int4, "_KEPT_RANGES", (1.0,)):
+        int4.prepare(model)
+
+
+def measure(folder: Path, prompts: list[str], by_layer: bool) -> dict[str, Any]:
+    """One model: bf16, onednn, int8, int4, and, if asked for, int8 for some layers only."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = [tokenizer(text, return_tensors="pt").input_ids[:, :LENGTH] for text in prompts]
     texts = [ids for ids in texts if ids.shape[1] > 1]
@@ -84,8 +91,10 @@ def measure(folder: Path, prompts: list[str]) -> dict[str, Any]:
         "onednn": compare(plain, loss_of(onednn.prepare)),
         "int8": compare(plain, loss_of(int8.prepare)),
         "int8 of the fp32 model": compare(plain, loss_of(int8.prepare, torch.float32)),
+        "int4": compare(plain, loss_of(int4.prepare)),
+        "int4 without clipping": compare(plain, loss_of(unclipped)),
     }
-    for name, group in groups.items():
+    for name, group in groups.items() if by_layer else ():
         alone = loss_of(lambda model, group=group: quantise_some(model, group))
         others = loss_of(lambda model, group=group: quantise_some(model, lambda weight: not group(weight)))
         result[f"only {name}"], result[f"without {name}"] = compare(plain, alone), compare(plain, others)
@@ -101,6 +110,7 @@ def stories() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=164, help="at most so many texts per model")
+    parser.add_argument("--engines-only", action="store_true", help="leave out the rows of single kinds of layer")
     parser.add_argument("--name", default="perplexity")
     arguments = parser.parse_args()
     jobs = {"demo target, HumanEval prompts": (pair_path("target"), humaneval_prompts())}
@@ -108,7 +118,7 @@ def main() -> None:
         jobs |= {f"{name}, stories": (SHARED / "models" / name, stories()) for name in MODELS}
     results = {}
     for name, (folder, texts) in jobs.items():
-        results[name] = measure(folder, texts[: arguments.texts])
+        results[name] = measure(folder, texts[: arguments.texts], not arguments.engines_only)
         print(f"{name}: {results[name]['tokens']} tokens, bf16 {results[name]['bf16']}")
         for which, found in results[name].items():
             if isinstance(found, dict):

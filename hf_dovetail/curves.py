@@ -119,8 +119,13 @@ def curves_path(description: Mapping[str, Any]) -> Path:
     """The file for the curves of what `description` describes (models, engine, machine), in the user's cache."""
     text = json.dumps(description, sort_keys=True, default=str)
     name = hashlib.sha256(text.encode()).hexdigest()[:24]
+    return user_cache() / "curves" / f"{name}.json"
+
+
+def user_cache() -> Path:
+    """The folder for what Dovetail keeps between processes."""
     home = os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "hf_dovetail" / "curves" / f"{name}.json"
+    return Path(home).expanduser() / "hf_dovetail"
 
 
 def save_curves(curves: CostCurves, path: Path, description: Mapping[str, Any]) -> bool:

@@ -87,12 +87,12 @@ def read_bytes(model: PreTrainedModel, shapes: dict[str, tuple[int, int]], conte
 
 
 def _stored_bytes(module: nn.Module | None, shape: tuple[int, int], dtype: torch.dtype) -> int:
-    """Bytes of one matrix: of quantised weights one per entry and a float32 scale per output, else its precision's."""
+    """Bytes of one matrix: of quantised weights what their kernel keeps, else its precision's."""
     kernel = getattr(getattr(module, "weight", None), "kernel", None)
     outputs, inputs = shape
     if kernel is None or kernel.lossless:
         return outputs * inputs * dtype.itemsize
-    return outputs * inputs + 4 * outputs
+    return kernel.stored_bytes
 
 
 def _prefilled(model: PreTrainedModel, text: Tensor, nodes: int) -> tuple[Target, Tensor]:

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .. import grouped
 from ..threads import chosen_threads
-from . import int8, ipex, onednn
+from . import int4, int8, ipex, onednn
 
 logger = logging.get_logger(__name__)
 
@@ -54,6 +54,7 @@ ENGINES: dict[str, Engine] = {
     "onednn": Engine(onednn.why_not, onednn.prepare),
     "ipex": Engine(ipex.why_not, ipex.prepare),
     "int8": Engine(int8.why_not, int8.prepare, keeps_precision=False),
+    "int4": Engine(int4.why_not, int4.prepare, keeps_precision=False),
 }
 
 

@@ -1,0 +1,274 @@
+/* Products of few rows with 8-bit and 4-bit weights, on CPUs with AVX512-VNNI.
+ *
+ * One call quantises the rows, multiplies and rescales. A row's result does not depend, bit for bit, on the rows
+ * computed with it: integer sums are exact, and what follows them is the same sequence of operations for every row. So
+ * the compiler must not contract a product and a sum by itself (-ffp-contract=off).
+ *
+ * Threads are those of torch's own OpenMP library, whose functions are handed over (dovetail_use_threads): no second
+ * library, no second pool.
+ */
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+#define INLINE static inline __attribute__((always_inline)) TARGET
+
+enum {
+  COLUMNS = 32, /* output channels side by side: two vectors */
+  MOST = 12,    /* rows of a tile */
+  CHUNK = 60,   /* rows whose levels are kept at a time */
+};
+
+static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+static int (*thread_number)(void), (*team_size)(void);
+static void (*barrier)(void);
+
+typedef struct {
+  const void *rows;        /* (count, width), bf16 or fp32 */
+  void *output;            /* (count, outputs), same precision */
+  const uint8_t *weights;  /* blocks of COLUMNS channels, see int8_tile and int4_tile */
+  const float *scales;     /* int8: (outputs padded to COLUMNS,) */
+  int8_t *levels;          /* scratch: per tile (inputs / 4, rows of the tile, 4) */
+  int32_t *sums;           /* scratch: per tile (groups, rows of the tile) */
+  float *magnitudes;       /* scratch: (CHUNK,) */
+  long count, width;       /* of the rows */
+  long inputs, outputs;    /* of the matrix: width padded to the group, and unpadded channels */
+  long group;              /* input channels with one sum: 4-bit groups, or all */
+  long block;              /* bytes of a block of weights */
+  int bf16, four, threads;
+} Task;
+
+typedef struct { /* a few rows, to be multiplied with a block of columns */
+  long row, column;        /* the first ones */
+  const uint8_t *weights;  /* of the block */
+  const uint8_t *next;     /* where this tile's share of the next block begins, to be fetched meanwhile */
+  long pace;               /* bytes of it for each step, of 128 bytes of levels */
+  const int8_t *levels;    /* (inputs / 4, rows, 4) */
+  const int32_t *sums;     /* (groups, rows) */
+  const float *magnitudes; /* (rows,) */
+} Tile;
+
+/* The tiles of `count` rows are as even as possible. */
+static long tiles(long count) { return (count + MOST - 1) / MOST; }
+static long tile_begin(long count, long tile) { return count * tile / tiles(count); }
+
+INLINE __m512 widen(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
+
+/* To bf16, to nearest even; not vcvtneps2bf16, which loses denormal numbers and is not on every CPU. NaN stays NaN: it
+ * comes from a bf16 number, or is the default one, and has no lower bits that a carry could start from. */
+INLINE __m256i narrow(__m512 values) {
+  __m512i bits = _mm512_castps_si512(values);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+
+INLINE __m512 round_bf16(__m512 values) { return widen(narrow(values)); }
+
+INLINE __mmask16 first(long count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1); }
+
+INLINE __m512 load_row(const Task *t, long row, long at) {
+  __mmask16 mask = first(t->width - at);
+  if (t->bf16) return widen(_mm256_maskz_loadu_epi16(mask, (const uint16_t *)t->rows + row * t->width + at));
+  return _mm512_maskz_loadu_ps(mask, (const float *)t->rows + row * t->width + at);
+}
+
+/* Levels -127..127 of one row, their sums per group, and the row's largest magnitude. Every operation rounds once. */
+TARGET static void quantise_row(const Task *t, long row, long stride, int8_t *levels, int32_t *sums, float *magnitude) {
+  const __m512i unsign = _mm512_set1_epi32(0x7fffffff);
+  __m512i most = _mm512_setzero_si512(); /* as integers, NaN is larger than infinity */
+  for (long at = 0; at < t->width; at += 16)
+    most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(load_row(t, row, at)), unsign));
+  int32_t bits = _mm512_reduce_max_epi32(most);
+  float largest, least = 1e-30f;
+  memcpy(&largest, &bits, 4);
+  if (largest < least) largest = least;
+  const __m512 factor = _mm512_set1_ps(127.0f / largest), shift = _mm512_set1_ps(12582912.0f + 128.0f);
+  *magnitude = largest;
+  for (long begin = 0; begin < t->inputs; begin += t->group) {
+    __m512i sum = _mm512_setzero_si512();
+    for (long at = begin; at < begin + t->group; at += 16) {
+      __m512 shifted = _mm512_add_ps(_mm512_mul_ps(load_row(t, row, at), factor), shift);
+      __m128i level = _mm_xor_si128(_mm512_cvtepi32_epi8(_mm512_castps_si512(shifted)), _mm_set1_epi8((char)0x80));
+      int32_t four[4];
+      _mm_storeu_si128((__m128i *)four, level);
+      for (int i = 0; i < 4; i++) memcpy(levels + (at / 4 + i) * stride * 4, &four[i], 4);
+      sum = _mm512_add_epi32(sum, _mm512_cvtepi8_epi32(level));
+    }
+    sums[begin / t->group * stride] = _mm512_reduce_add_epi32(sum);
+  }
+}
+
+INLINE void store(const Task *t, long row, long column, __m512 values) {
+  __mmask16 mask = first(t->outputs - column);
+  if (t->bf16) _mm256_mask_storeu_epi16((uint16_t *)t->output + row * t->outputs + column, mask, narrow(values));
+  else _mm512_mask_storeu_ps((float *)t->output + row * t->outputs + column, mask, values);
+}
+
+/* Four products per lane are added to `sums`. In assembly, since compilers move the sums from register to register. */
+INLINE __m512i add_products(__m512i sums, __m512i weights, __m512i levels) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(levels));
+  return sums;
+}
+
+INLINE __m512i four_levels(const int8_t *levels) {
+  int32_t bits;
+  memcpy(&bits, levels, 4);
+  return _mm512_set1_epi32(bits);
+}
+
+INLINE void fetch(const uint8_t *at) {
+  _mm_prefetch((const char *)at, _MM_HINT_T1);
+  _mm_prefetch((const char *)at + 64, _MM_HINT_T1);
+}
+
+/* Weights of a block: (inputs / 4, COLUMNS, 4) uint8 with zero point 128. */
+INLINE void int8_tile(const Task *t, const Tile *tile, const int rows) {
+  const uint8_t *weights = tile->weights, *next = tile->next;
+  const int8_t *levels = tile->levels;
+  __m512i total[MOST][2];
+  for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = _mm512_set1_epi32(-128 * tile->sums[r]);
+  for (long k = 0; k < t->inputs; k += 4, weights += 128, levels += 4 * rows, next += tile->pace) {
+    __m512i left = _mm512_loadu_si512(weights), right = _mm512_loadu_si512(weights + 64);
+    fetch(next);
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; r++) {
+      __m512i level = four_levels(levels + 4 * r);
+      total[r][0] = add_products(total[r][0], left, level);
+      total[r][1] = add_products(total[r][1], right, level);
+    }
+  }
+  for (int v = 0; v < 2; v++) {
+    const __m512 scale = _mm512_loadu_ps(t->scales + tile->column + 16 * v);
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; r++) {
+      __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(total[r][v]), scale);
+      __m512 magnitude = _mm512_set1_ps(tile->magnitudes[r]);
+      if (t->bf16) value = round_bf16(value), magnitude = round_bf16(magnitude);
+      store(t, tile->row + r, tile->column + 16 * v, _mm512_mul_ps(value, magnitude));
+    }
+  }
+}
+
+/* Weights of a block, for each group: (GROUP / 8, COLUMNS, 4) bytes, the low halves of which are the levels 0..15 of
+ * four input channels and the high ones those of the next four; then (COLUMNS,) pairs of bf16, the lowest weight and,
+ * in the high bytes, the step. */
+INLINE void int4_tile(const Task *t, const Tile *tile, const int rows) {
+  const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi32((int)0xffff0000);
+  const uint8_t *weights = tile->weights, *next = tile->next;
+  const int8_t *levels = tile->levels;
+  const int32_t *sums = tile->sums;
+  __m512 value[MOST][2];
+  for (int r = 0; r < rows; r++) value[r][0] = value[r][1] = _mm512_setzero_ps();
+  for (long group = 0; group < t->inputs; group += GROUP, sums += rows, weights += 128) {
+    __m512i total[MOST][2];
+    for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = _mm512_setzero_si512();
+    __asm__ volatile("" : : "r"(value) : "memory"); /* the registers are for the totals */
+    for (int k = 0; k < GROUP; k += 8, weights += 128, levels += 8 * rows, next += tile->pace) {
+      const __m512i left = _mm512_loadu_si512(weights), right = _mm512_loadu_si512(weights + 64);
+      const __m512i left_low = _mm512_and_si512(left, low), right_low = _mm512_and_si512(right, low);
+      const __m512i left_high = _mm512_and_si512(_mm512_srli_epi16(left, 4), low);
+      const __m512i right_high = _mm512_and_si512(_mm512_srli_epi16(right, 4), low);
+      fetch(next);
+#pragma GCC unroll 12
+      for (int r = 0; r < rows; r++) {
+        __m512i level = four_levels(levels + 4 * r);
+        total[r][0] = add_products(total[r][0], left_low, level);
+        total[r][1] = add_products(total[r][1], right_low, level);
+      }
+#pragma GCC unroll 12
+      for (int r = 0; r < rows; r++) {
+        __m512i level = four_levels(levels + 4 * (rows + r));
+        total[r][0] = add_products(total[r][0], left_high, level);
+        total[r][1] = add_products(total[r][1], right_high, level);
+      }
+    }
+    for (int v = 0; v < 2; v++) {
+      const __m512i both = _mm512_loadu_si512(weights + 64 * v);
+      const __m512 step = _mm512_castsi512_ps(_mm512_and_si512(both, high));
+      const __m512 least = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+#pragma GCC unroll 12
+      for (int r = 0; r < rows; r++) {
+        value[r][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total[r][v]), step, value[r][v]);
+        value[r][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_set1_epi32(sums[r])), least, value[r][v]);
+      }
+    }
+  }
+  for (int r = 0; r < rows; r++)
+    for (int v = 0; v < 2; v++)
+      store(t, tile->row + r, tile->column + 16 * v,
+            _mm512_mul_ps(value[r][v], _mm512_set1_ps(tile->magnitudes[r] * (1.0f / 127.0f))));
+}
+
+#define TILE(rows)                                                  \
+  case rows:                                                        \
+    if (t->four) int4_tile(t, tile, rows);                          \
+    else int8_tile(t, tile, rows);                                  \
+    break;
+
+TARGET static void run_tile(const Task *t, const Tile *tile, long rows) {
+  switch (rows) {
+    TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
+  }
+}
+
+/* One thread's share: rows to quantise, then blocks of columns. */
+TARGET static void work(void *argument) {
+  const Task *t = argument;
+  const long number = t->threads > 1 ? thread_number() : 0, threads = t->threads > 1 ? team_size() : 1;
+  const long blocks = (t->outputs + COLUMNS - 1) / COLUMNS, groups = t->inputs / t->group;
+  const long steps = t->inputs / (t->four ? 8 : 4);
+  for (long done = 0; done < t->count; done += CHUNK) {
+    const long count = t->count - done < CHUNK ? t->count - done : CHUNK;
+    if (done && threads > 1) barrier();
+    for (long tile = 0; tile < tiles(count); tile++) {
+      const long begin = tile_begin(count, tile), rows = tile_begin(count, tile + 1) - begin;
+      for (long r = 0; r < rows; r++)
+        if ((begin + r) % threads == number)
+          quantise_row(t, done + begin + r, rows, t->levels + begin * t->inputs + 4 * r, t->sums + begin * groups + r,
+                       t->magnitudes + begin + r);
+    }
+    if (threads > 1) barrier();
+    for (long block = blocks * number / threads; block < blocks * (number + 1) / threads; block++)
+      for (long i = 0; i < tiles(count); i++) {
+        const long begin = tile_begin(count, i), rows = tile_begin(count, i + 1) - begin;
+        const uint8_t *weights = t->weights + block * t->block;
+        const Tile tile = {
+            .row = done + begin,
+            .column = block * COLUMNS,
+            .weights = weights,
+            .next = weights + t->block + t->block * i / tiles(count),
+            .pace = t->block / steps / tiles(count),
+            .levels = t->levels + begin * t->inputs,
+            .sums = t->sums + begin * groups,
+            .magnitudes = t->magnitudes + begin,
+        };
+        run_tile(t, &tile, rows);
+      }
+  }
+}
+
+void dovetail_use_threads(void *run, void *number, void *size, void *wait) {
+  parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))run;
+  thread_number = (int (*)(void))number, team_size = (int (*)(void))size;
+  barrier = (void (*)(void))wait;
+}
+
+long dovetail_scratch(long inputs, long group) { return CHUNK * (inputs + inputs / group * 4 + 4); }
+
+void dovetail_product(const void *rows, void *output, const void *weights, const float *scales, void *scratch,
+                      long count, long width, long inputs, long outputs, int bf16, int four, int threads) {
+  const long group = four ? GROUP : inputs;
+  int8_t *levels = scratch;
+  int32_t *sums = (int32_t *)(levels + CHUNK * inputs);
+  const Task task = {
+      .rows = rows, .output = output, .weights = weights, .scales = scales,
+      .levels = levels, .sums = sums, .magnitudes = (float *)(sums + CHUNK * (inputs / group)),
+      .count = count, .width = width, .inputs = inputs, .outputs = outputs, .group = group,
+      .block = four ? inputs / GROUP * (GROUP * COLUMNS / 2 + 4 * COLUMNS) : inputs * COLUMNS,
+      .bf16 = bf16, .four = four, .threads = threads,
+  };
+  if (threads > 1) parallel(work, (void *)&task, (unsigned)threads, 0);
+  else work((void *)&task);
+}

@@ -1,0 +1,185 @@
+"""Native products of rows with 8-bit and 4-bit weights: `native.c`, compiled at first use.
+
+One call quantises the rows, multiplies and rescales, on torch's own OpenMP threads. The 8-bit result has the bits of
+`int8.OneDnnInt8`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+import threading
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .compiler import CompileError, library
+
+GROUP = 32
+"""Input channels of 4-bit weights that share a step and a lowest weight."""
+
+_SOURCE = Path(__file__).with_name("native.c")
+_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=off", f"-DGROUP={GROUP}")
+_COLUMNS = 32  # output channels of a block; COLUMNS in the source
+_INPUTS = 16  # 8-bit rows are padded to a multiple
+_ZERO_POINT = 128  # of 8-bit weights
+_INSTRUCTIONS = {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}
+_THREADING = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
+_ALONE = 1 << 18  # weights below which waking other threads costs more than they save
+
+_lock = threading.Lock()
+_thread = threading.local()  # .scratch: memory for quantised rows
+
+
+def why_not() -> str | None:
+    """Why the native kernels cannot be used here, or None; the first call compiles them."""
+    return _loaded()[1]
+
+
+def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
+    with _lock:
+        return _load()
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or the reason why there is none."""
+    system = platform.system(), platform.machine()
+    if system != ("Linux", "x86_64"):
+        return None, f"the native kernels are for Linux on x86-64, not for {' on '.join(system)}"
+    missing = _INSTRUCTIONS - cpu_flags()
+    if missing:
+        return None, f"this CPU has no AVX512-VNNI (missing: {', '.join(sorted(missing))})"
+    try:
+        found = library(_SOURCE, _FLAGS)
+        openmp = [ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p) for name in _THREADING]
+    except CompileError as error:
+        return None, str(error)
+    except AttributeError as error:
+        return None, f"this build of torch does not bring GNU OpenMP along ({error})"
+    number, size = ctypes.c_void_p, ctypes.c_long
+    found.dovetail_use_threads.argtypes = [ctypes.c_void_p] * len(openmp)
+    found.dovetail_use_threads(*openmp)
+    found.dovetail_scratch.argtypes, found.dovetail_scratch.restype = [size, size], size
+    found.dovetail_product.argtypes = [number] * 5 + [size] * 4 + [ctypes.c_int] * 3
+    found.dovetail_product.restype = None
+    return found, None
+
+
+def cpu_flags() -> set[str]:
+    """What the CPU can do, in Linux's names; empty on other systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+
+
+class _Native:
+    """Packed weights (N, K) and the call that multiplies rows with them."""
+
+    def __init__(self, blocks: Tensor, scales: Tensor | None, outputs: int, width: int, inputs: int) -> None:
+        found, reason = _loaded()
+        if found is None:
+            raise RuntimeError(reason)
+        self._blocks, self._scales = blocks, scales
+        self.nbytes = blocks.nbytes + (0 if scales is None else scales.nbytes)
+        self._shape = outputs, width
+        self._inputs = inputs
+        self._four = scales is None
+        self._product = found.dovetail_product
+        self._scratch = found.dovetail_scratch(inputs, GROUP if self._four else inputs)
+        self._most_threads = 1 if outputs * width < _ALONE else len(blocks)
+        self._addresses = blocks.data_ptr(), 0 if scales is None else scales.data_ptr()
+
+    def product(self, rows: Tensor) -> Tensor:
+        """(R, K) bf16 or fp32 to (R, N), in the same precision."""
+        rows = rows.contiguous()
+        outputs, width = self._shape
+        count, dtype = rows.shape[0], rows.dtype
+        output = torch.empty((count, outputs), dtype=dtype)
+        self._product(
+            rows.data_ptr(),
+            output.data_ptr(),
+            *self._addresses,
+            _scratch(self._scratch),
+            count,
+            width,
+            self._inputs,
+            outputs,
+            dtype == torch.bfloat16,
+            self._four,
+            min(torch.get_num_threads(), self._most_threads),
+        )
+        return output
+
+
+def _scratch(size: int) -> int:
+    """The address of this thread's own memory, at least `size` bytes."""
+    held = getattr(_thread, "scratch", None)
+    if held is None or len(held) < size:
+        held = _thread.scratch = torch.empty(size, dtype=torch.uint8)
+    return held.data_ptr()
+
+
+class NativeInt8(_Native):
+    """8-bit weights.
+
+    Args:
+        levels: (N, K) int8.
+        scales: (N,) float32; a product is `scale * activation's magnitude * (sum of levels' products)`.
+    """
+
+    def __init__(self, levels: Tensor, scales: Tensor) -> None:
+        outputs, width = levels.shape
+        padded = _padded(levels.view(torch.uint8) ^ _ZERO_POINT, _INPUTS, _ZERO_POINT)
+        inputs = padded.shape[1]
+        blocks = padded.view(-1, _COLUMNS, inputs // 4, 4).transpose(1, 2).contiguous()
+        super().__init__(blocks, F.pad(scales, (0, -outputs % _COLUMNS)), outputs, width, inputs)
+
+    def levels(self) -> Tensor:
+        """(N, K) int8, as they were given."""
+        outputs, width = self._shape
+        rows = self._blocks.transpose(1, 2).reshape(-1, self._inputs)[:outputs, :width]
+        return (rows ^ _ZERO_POINT).view(torch.int8)
+
+
+class NativeInt4(_Native):
+    """4-bit weights in groups of `GROUP` input channels.
+
+    Args:
+        levels: (N, groups, GROUP) uint8, 0 to 15.
+        least, step: (N, groups) bf16; a weight is `least + level * step`.
+        width: K; the last group may reach beyond it.
+    """
+
+    def __init__(self, levels: Tensor, least: Tensor, step: Tensor, width: int) -> None:
+        outputs, groups, _ = levels.shape
+        inputs = groups * GROUP
+        padded = _padded(levels.reshape(outputs, inputs), GROUP, 0)
+        low, high = padded.view(-1, _COLUMNS, groups, GROUP // 8, 2, 4).permute(4, 0, 2, 3, 1, 5)
+        pairs = _padded(torch.stack((least, step), -1).view(torch.int32).squeeze(-1), 1, 0)
+        pairs = pairs.view(-1, _COLUMNS, groups).transpose(1, 2).contiguous().view(torch.uint8)
+        blocks = torch.cat(((low | high << 4).flatten(3).flatten(2), pairs), -1)
+        super().__init__(blocks, None, outputs, width, inputs)
+
+    def dense(self) -> Tensor:
+        """(N, K) float32."""
+        outputs, width = self._shape
+        packed, pairs = self._blocks.split((_COLUMNS * GROUP // 2, 4 * _COLUMNS), -1)
+        groups = packed.shape[1]
+        packed = packed.view(-1, groups, GROUP // 8, _COLUMNS, 4)
+        levels = torch.stack((packed & 15, packed >> 4), 3)  # (blocks, groups, GROUP / 8, 2, COLUMNS, 4)
+        levels = levels.permute(0, 4, 1, 2, 3, 5).reshape(-1, groups, GROUP)
+        least, step = pairs.contiguous().view(torch.bfloat16).view(-1, groups, _COLUMNS, 2).transpose(1, 2).unbind(-1)
+        least, step = (each.reshape(-1, groups, 1).float() for each in (least, step))
+        return (levels * step + least).flatten(1)[:outputs, :width]
+
+
+def _padded(matrix: Tensor, inputs: int, value: int) -> Tensor:
+    """An integer matrix with whole blocks of rows, and columns in multiples of `inputs`."""
+    rows, columns = matrix.shape
+    return F.pad(matrix, (0, -columns % inputs, 0, -rows % _COLUMNS), value=value)

@@ -1,0 +1,267 @@
+"""What the engines with quantised weights share: one product for siblings, what keeps its precision, the way back.
+
+A matrix quantises and multiplies (`Matrix`); here is which weights it gets, and how its product is shared among them.
+The LM head, embeddings and routers of experts keep their precision (`onednn`).
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from . import onednn
+from .swap import Swap
+
+LEVELS = 127
+"""Largest quantised magnitude of activations, and of 8-bit weights."""
+
+_MOST_INPUTS = (2**31 - 1) // (255 * LEVELS)  # beyond it an int32 sum could overflow
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # modules of one parent with one input
+_ROUTERS = ("gate", "router", "shared_expert_gate")  # tiny, and another choice of experts is no small error
+
+
+class Matrix(Protocol):
+    """Quantised weights (n, K) of one input, stacked.
+
+    Attributes:
+        places: the rows of each in the stack.
+        nbytes: of the packed weights with their scales.
+    """
+
+    places: list[slice]
+    nbytes: int
+
+    def add(self, weight: Tensor) -> int:
+        """Quantise a matrix (n, K) and stack it below the others; return its number."""
+
+    def pack(self) -> None:
+        """Bring the weights into the kernel's layout; nothing can be added afterwards."""
+
+    def product(self, rows: Tensor) -> Tensor:
+        """(R, K) bf16 or fp32 to (R, N), in the same precision. A row's result does not depend on the others."""
+
+    def dense(self, number: int) -> Tensor:
+        """(n, K) float32: what the product computes with."""
+
+
+class QuantisedKernel:
+    """One of the weights of a `Matrix`.
+
+    Args:
+        name: the parameter's.
+        weight: (n, K) bf16 or fp32, finite.
+        matrix: alone, or with the weights that read the same input.
+    """
+
+    lossless = False
+
+    def __init__(self, name: str, weight: Tensor, matrix: Matrix) -> None:
+        self.name, self.shape, self.dtype = name, weight.shape, weight.dtype
+        self.fingerprint = fingerprint(weight)
+        self.matrix, self._number = matrix, matrix.add(weight)
+
+    @property
+    def stored_bytes(self) -> int:
+        """This weight's share of the packed matrix."""
+        return self.matrix.nbytes * self.shape[0] // self.matrix.places[-1].stop
+
+    def linear(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., K) to (..., n)."""
+        if rows.dtype not in (torch.bfloat16, torch.float32) or rows.numel() == 0:
+            return F.linear(rows, self.dense(), bias)
+        if len(self.matrix.places) == 1:
+            output = self.matrix.product(rows.reshape(-1, self.shape[1]))
+        else:
+            output = _shared_product(self.matrix, self._number, rows)
+        output = output if bias is None else output.add_(bias)
+        return output.view(*rows.shape[:-1], self.shape[0])
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """(...) int64 to (..., K): rows of the quantised matrix."""
+        return self.dense()[ids]
+
+    def dense(self) -> Tensor:
+        """The matrix (n, K) as it was quantised."""
+        return self.matrix.dense(self._number).to(self.dtype)
+
+
+@dataclass
+class _Pending:
+    """The product of one input with a stacked matrix, of which some parts are yet to be asked for."""
+
+    matrix: Matrix
+    rows: weakref.ref[Tensor]
+    content: tuple[int, int] | Tensor
+    output: Tensor
+    left: set[int]  # numbers; each part is given away once, since the taker may write into it
+
+
+_thread = threading.local()  # .pending: the last stacked product
+
+
+def _shared_product(matrix: Matrix, number: int, rows: Tensor) -> Tensor:
+    """(R, n): one weight's part; the whole product is computed for the first, and kept for the others.
+
+    It is kept until all parts are taken, the input is freed or another product follows, and only used for the very
+    same input, unchanged.
+    """
+    pending = getattr(_thread, "pending", None)
+    if pending is None or pending.matrix is not matrix or number not in pending.left or not _unchanged(pending, rows):
+        _thread.pending = None
+        output, left = matrix.product(rows.reshape(-1, rows.shape[-1])), set(range(len(matrix.places)))
+        content = rows.clone() if rows.is_inference() else _version(rows)
+        pending = _Pending(matrix, weakref.ref(rows, _forget), content, output, left)
+    pending.left.remove(number)
+    _thread.pending = pending if pending.left else None
+    return pending.output[:, matrix.places[number]]
+
+
+def _unchanged(pending: _Pending, rows: Tensor) -> bool:
+    if pending.rows() is not rows:
+        return False
+    if isinstance(pending.content, Tensor):  # inference tensors do not count their changes
+        return torch.equal(pending.content, rows)
+    return pending.content == _version(rows)
+
+
+def _version(rows: Tensor) -> tuple[int, int]:
+    """Changes with the tensor's content."""
+    return rows._version, rows.data_ptr()
+
+
+def _forget(rows: weakref.ref) -> None:
+    pending = getattr(_thread, "pending", None)
+    if pending is not None and pending.rows is rows:
+        _thread.pending = None
+
+
+def why_not(model: PreTrainedModel) -> str | None:
+    """Why no engine of this kind can take the model, or None."""
+    reason = onednn.why_not(model)
+    if reason is not None:
+        return reason
+    head = model.get_output_embeddings()
+    if all(type(module) is not nn.Linear or module is head for module in model.modules()):
+        return "it has no nn.Linear layers"
+    return None
+
+
+def prepare(model: PreTrainedModel, new_matrix: Callable[[], Matrix]) -> Swap:
+    """Quantise every linear weight of the model, in place, except the LM head, embeddings and routers."""
+    head = model.get_output_embeddings()
+    kept = {f"{path}.weight" for path, module in model.named_modules() if _keeps_precision(path, module, head)}
+    swap, stacks = QuantisedSwap(model), _Stacks(new_matrix)
+
+    def pack(name: str, weight: Tensor, is_embedding: bool) -> QuantisedKernel | onednn.OneDnnKernel | None:
+        if name in kept or is_embedding or not _can_quantise(weight):
+            return onednn.pack(name, weight, is_embedding)
+        return QuantisedKernel(name, weight, stacks.of(name, weight))
+
+    swap.pack(model, pack)
+    stacks.finish()
+    return swap
+
+
+def _keeps_precision(path: str, module: nn.Module, head: nn.Module | None) -> bool:
+    return module is head or path.rpartition(".")[2] in _ROUTERS
+
+
+def _can_quantise(weight: Tensor) -> bool:
+    supported = weight.dtype in (torch.bfloat16, torch.float32) and weight.device.type == "cpu" and weight.numel() > 0
+    return supported and weight.shape[1] <= _MOST_INPUTS and bool(weight.abs().amax().isfinite())
+
+
+class _Stacks:
+    """Finds the matrix in which a weight belongs, and packs each as soon as the next begins."""
+
+    def __init__(self, new_matrix: Callable[[], Matrix]) -> None:
+        self._new_matrix = new_matrix
+        self._key: tuple | None = None
+        self._matrix: Matrix | None = None
+
+    def of(self, name: str, weight: Tensor) -> Matrix:
+        parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+        siblings = next((names for names in _SIBLINGS if leaf in names), leaf)
+        key = parent, siblings, weight.shape[1], weight.dtype
+        if key != self._key:
+            self.finish()
+            self._key, self._matrix = key, self._new_matrix()
+        return self._matrix
+
+    def finish(self) -> None:
+        if self._matrix is not None:
+            self._matrix.pack()
+        self._key = self._matrix = None
+
+
+class QuantisedSwap(Swap):
+    """Quantised weights; `undo` reads the original ones from the model's own checkpoint."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self._model = weakref.ref(model)  # the model's entry among the prepared ones must not keep it alive
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Give the modules their own parameters back, bit for bit.
+
+        For a moment the whole checkpoint is in memory beside the quantised weights.
+
+        Raises:
+            RuntimeError: if the weights are not on disk, or not those that were quantised; nothing is changed then.
+        """
+        if not self.lossless:
+            quantised = [swapped.kernel for swapped in self._swapped if not swapped.kernel.lossless]
+            originals = _reread(self._model(), quantised)
+            self._swapped = [
+                replace(swapped, kernel=originals.get(id(swapped.kernel), swapped.kernel)) for swapped in self._swapped
+            ]
+        super().undo()
+
+
+@dataclass(frozen=True)
+class _Original:
+    """An original weight in the place of its kernel, on its way back."""
+
+    weight: Tensor
+
+    def dense(self) -> Tensor:
+        return self.weight
+
+
+def _reread(model: PreTrainedModel, kernels: list[QuantisedKernel]) -> dict[int, _Original]:
+    """The weights that were quantised, by their kernel's id, from the checkpoint that the model was loaded from."""
+    source = model.name_or_path
+    impossible = "the original of the quantised weights cannot be given back: "
+    if not source:
+        raise RuntimeError(f"{impossible}the model was built in memory, not loaded from a checkpoint")
+    revision = getattr(model.config, "_commit_hash", None)
+    try:
+        loaded = type(model).from_pretrained(source, dtype=model.dtype, local_files_only=True, revision=revision)
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f"{impossible}its checkpoint {source!r} can no longer be read ({error})") from error
+    weights = dict(loaded.named_parameters(remove_duplicate=False))
+    for kernel in kernels:
+        weight = weights.get(kernel.name)
+        if weight is None or weight.dtype != kernel.dtype or fingerprint(weight.detach()) != kernel.fingerprint:
+            raise RuntimeError(
+                f"{impossible}{kernel.name} in its checkpoint {source!r} is not the weight that was quantised; "
+                "load the model again"
+            )
+    return {id(kernel): _Original(weights[kernel.name].detach()) for kernel in kernels}
+
+
+def fingerprint(weight: Tensor) -> tuple[int, ...]:
+    """Shape, sum of the bits, and the bits of 64 entries of a matrix (N, K): cheap, and sees any usual change."""
+    bits = weight.contiguous().view(torch.int16).flatten()
+    step, whole = max(1, len(bits) // 64), len(bits) // 4 * 4
+    total = int(bits[:whole].view(torch.int64).sum()) + int(bits[whole:].sum())
+    return (*weight.shape, total, *bits[::step][:64].tolist())

@@ -1,0 +1,236 @@
+"""The native kernels: the bits of integer arithmetic, any number of threads, and what happens without a compiler."""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from hf_dovetail import prepare_target
+from hf_dovetail.engines import compiler, int4, int8, native
+from hf_dovetail.engines.quantised import QuantisedKernel
+from hf_dovetail.packed import PackedWeight
+
+SHAPES = ((3, 5), (33, 70), (100, 172), (512, 192), (1100, 1024), (64, 8192))
+available = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+onednn_adds_exactly = pytest.mark.skipif(not int8._adds_exactly(), reason="oneDNN's 8-bit sums overflow on this CPU")
+has_compiler = pytest.mark.skipif("no C compiler" in str(native.why_not()), reason="no C compiler")
+
+
+def quantised(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
+    return levels, torch.rand(shape[0], generator=generator) / 1000
+
+
+def kernels_of(model: torch.nn.Module) -> set[type]:
+    kernels = [p.kernel for p in model.parameters() if isinstance(p, PackedWeight)]
+    return {type(kernel.matrix._packed) for kernel in kernels if not kernel.lossless}
+
+
+@available
+@pytest.mark.parametrize("shape", SHAPES)
+def test_eight_bit_products_are_integer_arithmetic(shape: tuple[int, int]) -> None:
+    levels, scales = quantised(shape)
+    packed, rows = native.NativeInt8(levels, scales), torch.randn(70, shape[1])
+    activations, magnitudes = int8.quantise(rows)
+    sums = (activations.long() - 128) @ levels.long().T
+    assert torch.equal(packed.product(rows), sums.float() * scales * magnitudes)
+    assert torch.equal(packed.levels(), levels)
+
+
+@available
+@onednn_adds_exactly
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_eight_bit_products_have_onednns_bits(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    levels, scales = quantised(shape)
+    ours, theirs = native.NativeInt8(levels, scales), int8.OneDnnInt8(levels, scales)
+    rows = torch.randn(200, shape[1]).mul(torch.logspace(-32, 8, 200)[:, None]).to(dtype)
+    rows[3] = 0
+    found = ours.product(rows)
+    assert torch.equal(found, theirs.product(rows))
+    assert torch.equal(found[:13], ours.product(rows[:13]))
+    assert found.unique().numel() > shape[0]
+    assert torch.equal(ours.product(rows.repeat(1, 2)[:, ::2]), theirs.product(rows.repeat(1, 2)[:, ::2]))
+
+
+@available
+@pytest.mark.parametrize("shape", SHAPES)
+def test_four_bit_weights_are_read_as_they_were_packed(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    groups = -(-shape[1] // native.GROUP)
+    levels = torch.randint(0, 16, (shape[0], groups, native.GROUP), dtype=torch.uint8, generator=generator)
+    least = torch.randn(shape[0], groups, generator=generator).bfloat16()
+    step = torch.rand(shape[0], groups, generator=generator).bfloat16()
+    packed, rows = native.NativeInt4(levels, least, step, shape[1]), torch.randn(40, shape[1])
+    weight = (levels * step[..., None].float() + least[..., None].float()).flatten(1)[:, : shape[1]]
+    assert torch.equal(packed.dense(), weight)
+    activations, magnitudes = int8.quantise(rows)
+    expected = ((activations.double() - 128) / 127 * magnitudes.double()) @ weight.double().T
+    torch.testing.assert_close(
+        packed.product(rows).double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+    )
+
+
+def test_four_bit_ranges_are_clipped_where_it_pays() -> None:
+    weight = torch.randn(64, 4 * native.GROUP + 7, generator=torch.Generator().manual_seed(0))
+    weight[5], weight[6, : native.GROUP] = 0, 0.75
+    weight[7] *= 1e30
+
+    def error(kept: tuple[float, ...]) -> torch.Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(int4, "_KEPT_RANGES", kept)
+            levels, least, step = int4.quantise(weight)
+        assert (step > 0).all()
+        found = (levels * step[..., None].float() + least[..., None].float()).flatten(1)[:, : weight.shape[1]]
+        return (found - weight)[:7].square().sum(1)
+
+    searched, whole = error(int4._KEPT_RANGES), error((1.0,))
+    assert (searched <= whole).all()
+    assert searched.sum() < 0.95 * whole.sum()
+    assert searched[5] == 0
+    assert whole.sum() < 0.01 * weight[:7].square().sum()
+    assert all(
+        each.isfinite().all() for each in int4.quantise(torch.full((2, 40), 3e38).mul(torch.randn(40).sign()))[1:]
+    )
+
+
+@available
+def test_threads_do_not_change_a_bit_and_do_not_meet() -> None:
+    levels, scales = quantised((1100, 1024))
+    packed, rows = native.NativeInt8(levels, scales), torch.randn(8, 70, 1024)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        expected = [packed.product(each) for each in rows]
+        torch.set_num_threads(3)
+        assert all(torch.equal(packed.product(each), one) for each, one in zip(rows, expected, strict=True))
+    finally:
+        torch.set_num_threads(before)
+    found: dict[int, list[torch.Tensor]] = {}
+
+    def work(index: int) -> None:
+        found[index] = [packed.product(rows[index]) for _ in range(5)]
+
+    workers = [threading.Thread(target=work, args=(index,)) for index in range(len(rows))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(torch.equal(each, expected[index]) for index, results in found.items() for each in results)
+
+
+@available
+def test_stored_bytes_are_what_a_product_reads() -> None:
+    outputs, inputs = (64, 32), 320
+    for matrix, scales in ((int8.Int8Matrix(native.NativeInt8), 4), (int8.Int8Matrix(), 4), (int4.Int4Matrix(), 0)):
+        kernels = [QuantisedKernel("weight", torch.randn(each, inputs), matrix) for each in outputs]
+        share = 5 / 8 if isinstance(matrix, int4.Int4Matrix) else 1
+        assert [each.stored_bytes for each in kernels] == [each * (inputs * share + scales) for each in outputs]
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """An empty cache, and no library loaded before or kept afterwards."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    native._load.cache_clear()
+    yield monkeypatch
+    native._load.cache_clear()
+
+
+def _not_there(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.setenv("PATH", str(folder))
+
+
+def _chosen_not_there(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.setenv("CC", "no-such-compiler -O2")
+
+
+def _fails(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    script = folder / "cc"
+    script.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "cannot find crt1.o" >&2\nexit 3\n')
+    script.chmod(0o755)
+    patch.setenv("CC", str(script))
+
+
+def _old_cpu(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.setattr(native, "cpu_flags", lambda: {"avx2", "avx512f", "avx512bw", "avx512vl"})
+
+
+def _cache_is_a_file(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    (folder / "hf_dovetail").write_text("")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (_not_there, "no C compiler: none of cc, gcc, clang"),
+        (_chosen_not_there, "no C compiler: .CC is 'no-such-compiler'"),
+        (_old_cpu, "no AVX512-VNNI .missing: avx512_vnni"),
+        pytest.param(_fails, "failed .*status 3.*crt1", marks=has_compiler),
+        pytest.param(_cache_is_a_file, "cannot be kept", marks=has_compiler),
+    ],
+)
+def test_without_the_kernels_int8_goes_on_and_int4_says_why(
+    break_it, message: str, fresh: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, ids = tiny.build("llama"), tiny.prompt(9)
+    break_it(fresh, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        prepare_target(model, engine="int4")
+    reason = int8.why_not(model)
+    if reason is not None:
+        pytest.skip(reason)
+    prepare_target(model, engine="int8")
+    assert kernels_of(model) == {int8.OneDnnInt8}
+    found = model(ids).logits
+    fresh.undo()
+    native._load.cache_clear()
+    if native.why_not() is None and int8._native_why_not() is None:
+        other = prepare_target(tiny.build("llama"), engine="int8")
+        assert kernels_of(other) == {native.NativeInt8}
+        assert torch.equal(other(ids).logits, found)
+
+
+def _compile(source: Path, gate: object, results: object) -> None:
+    gate.wait()
+    results.put(compiler.library(source, ("-O0", "-shared", "-fPIC")).answer())
+
+
+@has_compiler
+def test_processes_that_compile_at_once_all_get_the_library(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = tmp_path / "answer.c"
+    source.write_text("int answer(void) { return 42; }")
+    context = multiprocessing.get_context("fork")
+    gate, results = context.Barrier(4), context.Queue()
+    workers = [context.Process(target=_compile, args=(source, gate, results)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    assert [results.get(timeout=60) for _ in workers] == [42] * 4
+    for worker in workers:
+        worker.join()
+    kept = tmp_path / "hf_dovetail" / "native"
+    (path,) = kept.iterdir()  # nothing partial is left
+    before = path.stat().st_mtime_ns
+    compiler.library(source, ("-O0", "-shared", "-fPIC"))
+    assert path.stat().st_mtime_ns == before
+    source.write_text("int answer(void) { return 43; }")
+    assert compiler.library(source, ("-O0", "-shared", "-fPIC")).answer() == 43
+    assert len(list(kept.iterdir())) == 2
+    source.write_text("int answer(void) { return }")
+    with pytest.raises(compiler.CompileError, match="expected expression"):
+        compiler.library(source, ("-O0", "-shared", "-fPIC"))
+
+
+@available
+def test_no_second_openmp_library_is_loaded() -> None:
+    levels, scales = quantised((1100, 1024))
+    native.NativeInt8(levels, scales).product(torch.randn(16, 1024))
+    maps = Path(f"/proc/{os.getpid()}/maps").read_text().splitlines()
+    assert len({line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line}) == 1
