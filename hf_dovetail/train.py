@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from transformers.utils import logging
 from .modeling import DovetailAssistantModel
 from .recipe import Recipe
 from .target import FeatureTap
+from .weights import feature_layers
 
 logger = logging.get_logger(__name__)
 
@@ -75,9 +76,9 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Tensor
 
 
 @torch.no_grad()
-def capture(target: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The target's features (B, T, h), its LM head's inputs, and its logits (B, T, V) for ids (B, T)."""
-    output, features = FeatureTap(target, enabled=True)(lambda: target(input_ids=ids, use_cache=False))
+def capture(target: PreTrainedModel, ids: Tensor, layers: Sequence[int] = (-1,)) -> tuple[Tensor, Tensor]:
+    """The target's features (B, T, f) of these layers (see `FeatureTap`), and its logits (B, T, V), for ids (B, T)."""
+    output, features = FeatureTap(target, enabled=True, layers=layers)(lambda: target(input_ids=ids, use_cache=False))
     return features, output.logits
 
 
@@ -118,17 +119,19 @@ def draft_loss(
 
     Step 1 reads the target's features. Step j reads, at row t, what step j-1 predicted at row t-1, and sees
     the true rows up to t-j+1 and its own path of predictions behind them: just what a node at depth j-1 of a
-    tree sees.
+    tree sees. EAGLE-3's hidden states imitate no feature: it learns from the distribution alone, over the tokens that it
+    can propose (arXiv 2503.01840, section 3.1).
 
     Args:
         draft: the network, sharing the target's weights.
-        ids: (B, T). features: (B, T, h). logits: (B, T, V), the target's.
+        ids: (B, T). features: (B, T, f). logits: (B, T, V), the target's.
         recipe: weights, noise and number of steps.
         generator: of the noise, on the CPU.
     """
     following, wanted = ids[:, 1:], features[:, 1:].float()  # (B, T-1): token t+1 and feature t+1
-    distribution = logits[:, 1:].float().softmax(dim=-1)
-    inputs = _noisy(features[:, :-1].to(draft.dtype), recipe, generator)
+    ranked = logits if draft.target_ids is None else logits[..., draft.target_ids]
+    distribution = ranked[:, 1:].float().softmax(dim=-1)
+    inputs = draft.encode(_noisy(features[:, :-1].to(draft.dtype), recipe, generator))
     rows = following.shape[1]
     slots = torch.arange(rows, device=ids.device).unsqueeze(0)
     cache, masks = DynamicCache(), draft.mask_builder()
@@ -136,7 +139,9 @@ def draft_loss(
     for step in range(recipe.unroll):
         allowed, keys = _unrolled_mask(rows, step, ids.device)
         hidden = draft(following, inputs, slots, masks(allowed, slots, keys), cache)
-        feature_loss = F.smooth_l1_loss(hidden[:, step:].float(), wanted[:, step:])
+        feature_loss = 0.0
+        if draft.predicts_features:
+            feature_loss = F.smooth_l1_loss(hidden[:, step:].float(), wanted[:, step:])
         log_probs = draft.logits(hidden[:, step:]).log_softmax(dim=-1)
         distribution_loss = -(distribution[:, step:] * log_probs).sum(dim=-1).mean()
         loss = recipe.feature_weight * feature_loss + recipe.distribution_weight * distribution_loss
@@ -168,7 +173,8 @@ class _Run:
         self.facts = {
             "recipe": json.loads(json.dumps(asdict(recipe))),
             "draft": {
-                k: getattr(draft.config, k) for k in ("num_hidden_layers", "hidden_size", "target_type", "vocab_size")
+                k: getattr(draft.config, k)
+                for k in ("fusion", "num_hidden_layers", "hidden_size", "target_type", "vocab_size")
             },
             "text": {"windows": list(windows.shape), "sum": int(windows.sum())},
         }
@@ -259,6 +265,7 @@ def _optimize(
 ) -> None:
     """All steps that are left."""
     draft.train().meet(target)
+    layers = feature_layers(draft.config, target.config)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=recipe.learning_rate, betas=recipe.betas)
     draft, optimizer = accelerator.prepare(draft, optimizer)
     accelerator.register_for_checkpointing(run)
@@ -269,7 +276,7 @@ def _optimize(
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(run.step)
         with accelerator.autocast():
-            features, logits = capture(target, ids)
+            features, logits = capture(target, ids, layers)
             loss = draft_loss(draft, ids, features, logits, recipe, run.generator)
         if not math.isfinite(loss.item()):
             raise FloatingPointError(
