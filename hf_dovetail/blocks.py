@@ -80,7 +80,7 @@ class LinearFusion(nn.Module):
 
 
 class LayersFusion(nn.Module):
-    """EAGLE-3's fusion: features of several layers become one of the draft's width; it meets the embedding in the block.
+    """EAGLE-3's fusion: features of several layers become one of the draft's width, beside the embedding.
 
     Sources: `cnets.py` in SafeAILab/EAGLE (`fc`: (h, n * target's h), no bias); `eagle3/core.py` in
     vllm-project/speculators for the norms before it: over all of them (`norm_before_fc`: `input_norm`) or over each
@@ -104,7 +104,7 @@ class LayersFusion(nn.Module):
         return self.fc(features)
 
     def forward(self, embeddings: Tensor, features: Tensor) -> Tensor:
-        """(B, T, h) embeddings of tokens t+1 beside encoded features of tokens t: (B, T, 2h), as `PairBlock` reads it."""
+        """(B, T, h) embeddings of tokens t+1 beside encoded features of tokens t: (B, T, 2h), for `PairBlock`."""
         return torch.cat((embeddings, features), dim=-1)
 
 

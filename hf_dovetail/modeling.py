@@ -20,6 +20,7 @@ from .attention import BranchingMask, why_not_branching
 from .blocks import KeyValueStore, RMSNorm, RotaryTable, Rotation, fold_mask, make_blocks, make_fusion
 from .cache import GrowingCache, num_cache_layers
 from .config import DovetailConfig, TreeShape
+from .formats import hub_options, read_config, read_published
 from .register import model_is_ready
 from .rows import Pool, RowBuffer
 from .weights import (
@@ -27,7 +28,6 @@ from .weights import (
     check_evaluating,
     check_finite,
     check_fits,
-    check_is_draft,
     check_loaded,
     save_tokenizer,
 )
@@ -131,10 +131,7 @@ class DovetailAssistantModel(PreTrainedModel):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start values for training: the feature (the last of several) passes through the fusion, the token adds little.
-
-        With "dgf" the gate lets both in by half.
-        """
+        """Start values for training: the last feature passes the fusion, the token adds little (DGF: by half)."""
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
@@ -220,7 +217,7 @@ class DovetailAssistantModel(PreTrainedModel):
 
     @property
     def target_ids(self) -> Tensor | None:
-        """(draft_vocab_size,) int64: the target's ids of the tokens that `logits` ranks; None: their places are the ids."""
+        """(draft_vocab_size,) int64: the target's ids of what `logits` ranks; None: the places are the ids."""
         return self.vocabulary if self.config.draft_vocab_size else None
 
     def encode(self, features: Tensor) -> Tensor:
@@ -296,8 +293,7 @@ class DovetailAssistantModel(PreTrainedModel):
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, T, V) float32 logits of (B, T, h) hidden states, through the target's LM head.
 
-        EAGLE-3 has a head of its own, and a norm before it, which feeds the next row only with `norm_output`; it ranks
-        the tokens of `target_ids`.
+        EAGLE-3 has a norm and a head of its own, which ranks the tokens of `target_ids`.
         """
         if self.config.fusion == "none":
             logits = self.lm.get_output_embeddings()(hidden).float()
@@ -323,27 +319,39 @@ class DovetailAssistantModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Load a draft strictly: every weight is there, has its shape and is finite.
 
+        It may be a draft of this package, a published one (`formats.FORMATS`), or an ordinary small language model,
+        which then drafts as `from_causal_lm` lets it.
+
         Raises:
-            ValueError: naming the weights that are missing, left over, misshapen or not finite.
+            ValueError: naming the weights that are missing, left over, misshapen or not finite, or what else is wrong.
             OSError: if the checkpoint's file is damaged.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
-        check_is_draft(str(pretrained_model_name_or_path), kwargs)
-        try:
-            draft, info = super().from_pretrained(
-                pretrained_model_name_or_path,
-                *args,
-                output_loading_info=True,
-                **{**kwargs, "ignore_mismatched_sizes": True},
-            )
-        except SafetensorError as error:
-            raise OSError(
-                f"the weights in {pretrained_model_name_or_path} are damaged ({error}); copy or download them again"
-            ) from error
-        check_loaded(info, str(pretrained_model_name_or_path))
-        check_finite(draft)
-        draft.eval()
+        source, wants_info = str(pretrained_model_name_or_path), kwargs.pop("output_loading_info", False)
+        place = hub_options(kwargs)
+        saved = read_config(source, place)
+        if saved.get("model_type") == DovetailConfig.model_type:
+            draft, info = cls._load(source, source, *args, **kwargs)
+        elif published := read_published(source, saved, place):
+            config, state = published
+            rest = {name: value for name, value in kwargs.items() if name not in place}
+            draft, info = cls._load(source, None, *args, config=config, state_dict=state, **rest)
+        else:
+            lm, info = AutoModelForCausalLM.from_pretrained(source, *args, output_loading_info=True, **kwargs)
+            check_loaded(info, source)
+            draft = cls.from_causal_lm(lm.eval())
         return (draft, info) if wants_info else draft
+
+    @classmethod
+    def _load(cls, name: str, *args: Any, **kwargs: Any) -> tuple[DovetailAssistantModel, dict]:
+        """transformers' own loading, strict; `name` is what errors call the checkpoint."""
+        options = {**kwargs, "ignore_mismatched_sizes": True}
+        try:
+            draft, info = super().from_pretrained(*args, output_loading_info=True, **options)
+        except SafetensorError as error:
+            raise OSError(f"the weights in {name} are damaged ({error}); copy or download them again") from error
+        check_loaded(info, name)
+        check_finite(draft)
+        return draft.eval(), info
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any

@@ -131,8 +131,8 @@ def _layers(model: PreTrainedModel, decoder: nn.Module) -> nn.ModuleList:
         if isinstance(child, nn.ModuleList) and len(child) == count:
             return child
     raise ValueError(
-        f"{type(model).__name__} keeps its {count} layers in no list of the decoder, so a draft that reads their inputs "
-        "(EAGLE-3) cannot draft for it; use a draft that reads the LM head's inputs"
+        f"{type(model).__name__} keeps its {count} layers in no list of the decoder, so a draft that reads their "
+        "inputs (EAGLE-3) cannot draft for it; use a draft that reads the LM head's inputs"
     )
 
 

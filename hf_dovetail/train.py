@@ -119,8 +119,8 @@ def draft_loss(
 
     Step 1 reads the target's features. Step j reads, at row t, what step j-1 predicted at row t-1, and sees
     the true rows up to t-j+1 and its own path of predictions behind them: just what a node at depth j-1 of a
-    tree sees. EAGLE-3's hidden states imitate no feature: it learns from the distribution alone, over the tokens that it
-    can propose (arXiv 2503.01840, section 3.1).
+    tree sees. EAGLE-3's hidden states imitate no feature: it learns from the distribution alone, over the tokens that
+    it can propose (arXiv 2503.01840, section 3.1).
 
     Args:
         draft: the network, sharing the target's weights.

@@ -179,21 +179,6 @@ def check_loaded(info: dict[str, Any], source: str) -> None:
         raise ValueError(f"the weights in {source} are not those of this draft; " + "; ".join(problems))
 
 
-def check_is_draft(source: str, options: dict[str, Any]) -> None:
-    """Refuse a checkpoint of another kind of model, by its configuration.
-
-    Raises:
-        ValueError: naming the model type that was found.
-    """
-    names = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
-    found, _ = DovetailConfig.get_config_dict(source, **{name: options[name] for name in names if name in options})
-    if found.get("model_type") != DovetailConfig.model_type:
-        raise ValueError(
-            f"{source} is not a Dovetail draft: its model_type is {found.get('model_type')!r}; "
-            "an ordinary language model drafts through DovetailAssistantModel.from_causal_lm(lm)"
-        )
-
-
 def save_tokenizer(source: str | None, directory: str | os.PathLike) -> None:
     """Save the tokenizer of `source` beside a draft, unless one is there; say so if it is not on this machine."""
     if os.path.exists(os.path.join(directory, "tokenizer_config.json")):

@@ -9,8 +9,20 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "hf_dovetail"
 LAYERS = (
-    ("config", "tree", "register", "recipe", "packed", "grouped", "threads", "curves", "acceptance", "rows"),
-    ("accept", "cache", "attention", "engines", "weights", "blocks", "levels", "costs"),
+    (
+        "config",
+        "tree",
+        "register",
+        "recipe",
+        "packed",
+        "grouped",
+        "threads",
+        "curves",
+        "acceptance",
+        "rows",
+        "checkpoint",
+    ),
+    ("accept", "cache", "attention", "engines", "weights", "blocks", "levels", "costs", "formats"),
     ("modeling", "probe", "controller"),
     ("steps", "target", "learned"),
     ("graphs",),
