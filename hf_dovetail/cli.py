@@ -44,6 +44,13 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=int, default=256)
     generate.add_argument("--engine", default="auto", help="how the target's layers run (default: %(default)s)")
     generate.set_defaults(run=_generate)
+    convert = commands.add_parser("convert", help="write a published draft in this package's own format")
+    convert.add_argument(
+        "source", help="folder or name of a draft: Dovetail, EAGLE-1, -2, -3, speculators, or a small LM"
+    )
+    convert.add_argument("out", type=Path, help="folder for the draft")
+    convert.add_argument("--target", help="folder or name of its target: checks the fit, adds its tokenizer")
+    convert.set_defaults(run=_convert)
     add_calibrate_parser(commands)
     add_bench_parser(commands)
     train = commands.add_parser("train", help="train a draft for a target on text")
@@ -51,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--data", required=True, nargs="+", type=Path, help='text files, or JSONL with a "text" field')
     train.add_argument("--out", required=True, type=Path, help="folder for the draft; an interrupted run resumes there")
     train.add_argument("--blocks", type=int, default=1, help="decoder blocks of the draft, 1 to 6")
+    train.add_argument("--fusion", default="dgf", choices=("dgf", "eagle", "eagle3"), help="the draft's kind")
     _add_recipe(train)
     train.set_defaults(run=_train)
     return parser
@@ -106,6 +114,14 @@ def _existing(name: str) -> str:
     return name
 
 
+def _convert(arguments: argparse.Namespace) -> None:
+    from .convert import convert_draft
+
+    target = None if arguments.target is None else _existing(arguments.target)
+    print(convert_draft(_existing(arguments.source), arguments.out, target))
+    print(f"the draft is in {arguments.out}")
+
+
 def _train(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -120,7 +136,7 @@ def _train(arguments: argparse.Namespace) -> None:
     if len(stream) < recipe.window:
         raise ValueError(f"the text has {len(stream)} tokens; expected at least one window of {recipe.window}")
     windows = stream[: len(stream) // recipe.window * recipe.window].view(-1, recipe.window)
-    draft = DovetailAssistantModel.from_target(target, num_hidden_layers=arguments.blocks).float()
+    draft = DovetailAssistantModel.from_target(target, arguments.blocks, arguments.fusion).float()
     train_draft(draft, target, windows, recipe, arguments.out, tokenizer)
     draft.to(target.dtype).save_pretrained(arguments.out)
     print(f"the draft is in {arguments.out}")

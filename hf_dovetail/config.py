@@ -202,7 +202,7 @@ def describe_target(target: PreTrainedConfig) -> dict[str, Any]:
     """The fields of a draft's configuration that record its target."""
     text = target.get_text_config(decoder=True)
     return {
-        "target_name": _public_name(target.name_or_path),
+        "target_name": public_name(target.name_or_path),
         "target_type": text.model_type,
         "target_hidden_size": text.hidden_size,
         "target_vocab_size": text.vocab_size,
@@ -273,7 +273,7 @@ def _check_eagle3(config: DovetailConfig) -> None:
         )
 
 
-def _public_name(name_or_path: str | None) -> str | None:
+def public_name(name_or_path: str | None) -> str | None:
     """A model's name; of a folder only its last part, since the rest belongs to this machine."""
     if name_or_path and os.path.isdir(name_or_path):
         return os.path.basename(os.path.abspath(name_or_path))

@@ -29,7 +29,7 @@ LAYERS = (
     ("draft",),
     ("decode",),
     ("plugin",),
-    ("calibrate", "train"),
+    ("calibrate", "train", "convert"),
     ("demo",),
     ("bench", "calibrate_command"),
     ("cli",),

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
@@ -36,12 +36,15 @@ def read_config(source: str, options: dict[str, Any]) -> dict[str, Any]:
     return PreTrainedConfig.get_config_dict(source, **options)[0]
 
 
-def read_tensors(source: str, options: dict[str, Any]) -> dict[str, Tensor]:
-    """All tensors of a checkpoint by name, on the CPU; pages are read when they are used.
+def read_tensors(
+    source: str, options: dict[str, Any], wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, Tensor]:
+    """The wanted tensors of a checkpoint by name, on the CPU; pages are read when they are used.
 
     Args:
         source: a folder, or a name on the Hub.
         options: of `hub_options`.
+        wanted: which names; files without any are not looked at.
 
     Raises:
         OSError: if there is no file with weights, or one is damaged.
@@ -52,20 +55,21 @@ def read_tensors(source: str, options: dict[str, Any]) -> dict[str, Tensor]:
         if path is None:
             continue
         if not name.endswith(".json"):
-            return _read(Path(path))
-        parts = sorted(set(json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values()))
+            return _read(Path(path), wanted)
+        places = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"]
         tensors: dict[str, Tensor] = {}
-        for part in parts:
-            tensors |= _read(Path(cached_file(source, part, **options)))
+        for part in sorted({part for tensor, part in places.items() if wanted(tensor)}):
+            tensors |= _read(Path(cached_file(source, part, **options)), wanted)
         return tensors
     raise OSError(f"{source} holds no weights; expected one of {', '.join(_FILES)}")
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file."""
+def _read(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The wanted tensors of one file."""
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
@@ -77,4 +81,4 @@ def _read(path: Path) -> dict[str, Tensor]:
     strange = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
     if strange:
         raise ValueError(f"{path.name} holds entries that are no tensors: {', '.join(map(str, strange[:5]))}")
-    return tensors
+    return {name: tensor for name, tensor in tensors.items() if wanted(name)}
