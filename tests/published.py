@@ -83,6 +83,7 @@ class Case:
         layers: the layers whose inputs it reads; None: the last hidden state.
         family: of its target.
         prefix: before every name.
+        target_width: hidden size of its target.
     """
 
     kind: str
@@ -94,6 +95,7 @@ class Case:
     layers: tuple[int, ...] | None = None
     family: str = "llama"
     prefix: str = ""
+    target_width: int = HIDDEN
 
     @property
     def recurrent(self) -> bool:
@@ -104,7 +106,7 @@ class Case:
         return "midlayer." if self.kind == "eagle3" else "layers.0."
 
     def target(self) -> PreTrainedModel:
-        return tiny.build(self.family, num_hidden_layers=8)
+        return tiny.build(self.family, num_hidden_layers=8, hidden_size=self.target_width)
 
     def config(self) -> dict[str, Any]:
         if self.kind != "speculators":
@@ -141,7 +143,7 @@ class Case:
             shapes |= {"W_1": (wide, wide), "W_2": (wide, wide), "W_z": (2 * wide, wide)}
             shapes["input_layernorm.weight"] = (wide,)
         else:
-            shapes["fc.weight"] = (wide, (len(self.layers) if self.recurrent else 2) * wide)
+            shapes["fc.weight"] = (wide, len(self.layers) * self.target_width if self.recurrent else 2 * wide)
         if self.recurrent:
             rows = VOCAB if "full" in options else DRAFT_VOCAB
             shapes |= {"norm.weight": (wide,), "lm_head.weight": (rows, wide)}
@@ -205,6 +207,14 @@ CASES = {
         family="qwen3",
     ),
     "eagle3-full": Case("eagle3", LLAMA_3, extra={"draft_vocab_size": VOCAB}, options=("full",), layers=(2, 4, 5)),
+    "eagle3-narrow": Case(
+        "eagle3",
+        VICUNA,
+        extra={"draft_vocab_size": 40, "target_hidden_size": 48},
+        layers=(2, 4, 5),
+        options=("embeddings",),
+        target_width=48,
+    ),
     "speculators": Case(
         "speculators",
         LLAMA_31,

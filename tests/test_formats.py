@@ -15,7 +15,8 @@ from test_draft import eagle_2, paths
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_dovetail import DovetailAssistantModel, DovetailCandidateGenerator, TreeShape, register
+from hf_dovetail import DovetailAssistantModel, DovetailCandidateGenerator, TreeShape, prepare_target, register
+from hf_dovetail.calibrate import calibrate
 from hf_dovetail.draft import DraftSession
 from hf_dovetail.plugin import SHARPEST
 from hf_dovetail.target import FeatureTap
@@ -230,6 +231,34 @@ def test_what_was_loaded_can_be_saved_as_ours(name: str, tmp_path: Path) -> None
     assert all(torch.equal(first.state_dict()[name], tensor) for name, tensor in again.state_dict().items())
 
 
+def test_curves_are_measured_with_inner_layers_too(tmp_path: Path) -> None:
+    """Guards calibration and the automatic tree, for drafts that read several layers."""
+    case = CASES["eagle3"]
+    target = case.target()
+    draft = loaded(case, tmp_path)
+    curves = calibrate(target, draft, progress=False, budget_s=0.1, store=False)
+    assert curves.level_ms >= 0
+    draft.tree = "auto"
+    tiny.both(target, draft, tiny.prompt(), max_new_tokens=12)
+
+
+def test_a_prepared_target_hands_over_the_same_features(tmp_path: Path) -> None:
+    """Guards the tap on an engine's target: same trees, same answer; and a graph's key names all that it reads."""
+    case = CASES["eagle3-qwen3"]
+    target = case.target()
+    draft, answers, trees = loaded(case, tmp_path), [], []
+    for prepare in (lambda model: model, prepare_target):
+        turns: list[Any] = []
+        draft.watch = turns.append
+        answers.append(tiny.run(prepare(target), tiny.prompt(), draft, max_new_tokens=10).sequences.tolist())
+        trees.append([sorted(paths(turn.tree)) for turn in turns])
+    assert answers[0] == answers[1]
+    assert trees[0] == trees[1]
+    assert {draft.vocabulary.data_ptr(), draft.embed_tokens.weight.data_ptr()} <= {
+        place for place, _ in draft.addresses()
+    }
+
+
 def test_precision_is_the_checkpoints_or_the_one_asked_for(tmp_path: Path) -> None:
     case = CASES["eagle3"]
     half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in case.tensors().items()}
@@ -297,6 +326,7 @@ def put(name: str, value: Tensor) -> Any:
         ("eagle3", changed(num_hidden_layers=2), "num_hidden_layers 2, its tensors are those of 1"),
         ("eagle3", changed(eagle_config={"use_aux_hidden_state": False}), "use_aux_hidden_state false"),
         ("eagle3", changed(hidden_size=64), r"fusion.fc.weight has shape \(32, 96\), expected \(64, 192\)"),
+        ("eagle3", changed(target_hidden_size=48), "a draft of another width needs embeddings of its own"),
         ("eagle-vicuna", changed(bias=False), "says bias False, yet fc.bias is there"),
         ("eagle-llama3", changed(bias=True), "says bias True, yet fc.bias is missing"),
         ("eagle-llama3", put("medusa.0.weight", torch.zeros(2)), "left over: medusa.0.weight"),

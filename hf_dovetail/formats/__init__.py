@@ -37,7 +37,6 @@ def read_published(
     if published is not None:
         config, state = published.config, published.state(tensors)
         config.name_or_path = source
-        config.dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
         return config, state
     if saved.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(
