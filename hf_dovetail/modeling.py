@@ -47,7 +47,7 @@ class DovetailAssistantModel(PreTrainedModel):
     config_class = DovetailConfig
     base_model_prefix = "draft"
     main_input_name = "input_ids"
-    _no_split_modules = ["DecoderBlock"]
+    _no_split_modules = ["DecoderBlock", "PairBlock"]
     _supports_sdpa = True
     _supports_attention_backend = True
 

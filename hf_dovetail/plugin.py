@@ -112,7 +112,7 @@ class DovetailCandidateGenerator(CandidateGenerator):
         features = None
         if self.reads_features:
             states = [model_outputs.hidden_states[layer][:, : tokens.shape[1]] for layer in self.feature_layers]
-            features = torch.cat(states, dim=-1).to(self.device)
+            features = torch.cat([each.to(self.device) for each in states], dim=-1)
         self.commit(tokens, features)
         self._known = input_ids.shape[1]
         tree = self.draft.tree

@@ -100,7 +100,8 @@ class FeatureTap:
             for module, place, into in zip(self._modules, self._places, taken, strict=True):
                 hooks.callback(_hook(module, place, into).remove)
             output = forward()
-        return output, _joined([_joined(parts, dim=1) for parts in taken], dim=-1)
+        layers = [_joined(parts, dim=1) for parts in taken]
+        return output, _joined([layer.to(layers[-1].device) for layer in layers], dim=-1)  # a target may be spread
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

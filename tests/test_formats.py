@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from hf_dovetail import DovetailAssistantModel, DovetailCandidateGenerator, TreeShape, prepare_target, register
 from hf_dovetail.calibrate import calibrate
 from hf_dovetail.draft import DraftSession
+from hf_dovetail.formats import recognise
 from hf_dovetail.plugin import SHARPEST
 from hf_dovetail.target import FeatureTap
 from hf_dovetail.tree import DraftTree
@@ -259,6 +260,29 @@ def test_a_prepared_target_hands_over_the_same_features(tmp_path: Path) -> None:
     }
 
 
+def test_a_nested_geometry_is_the_same_draft() -> None:
+    """Guards vLLM's form of EAGLE's configuration, and old tensors that nobody needs."""
+    case = CASES["eagle-llama3"]
+    shapes = {name: tuple(tensor.shape) for name, tensor in case.tensors().items()}
+    flat = recognise(case.config(), shapes, "flat")
+    shapes["layers.0.self_attn.rotary_emb.inv_freq"] = (4,)
+    nested = recognise({"model_type": "eagle", "model": case.config()}, shapes, "nested")
+    assert nested.config.to_dict() == flat.config.to_dict()
+    assert nested.names == flat.names
+    assert recognise(case.config(), {"model.layers.0.input_layernorm.weight": (32,)}, "a language model") is None
+
+
+def test_new_drafts_start_by_passing_the_feature_on() -> None:
+    target = tiny.build("llama", num_hidden_layers=8)
+    for fusion, width in (("eagle", 64), ("eagle3", 96)):
+        draft = DovetailAssistantModel.from_target(target, fusion=fusion)
+        assert draft.fusion.fc.weight.shape == (32, width)
+        assert torch.equal(draft.fusion.fc.weight[:, -32:], torch.eye(32))
+        assert 0 < float(draft.fusion.fc.weight[:, :32].detach().std()) < 0.1
+    assert draft.config.feature_layers == [2, 4, 5]
+    assert torch.equal(draft.lm_head.weight, target.lm_head.weight)
+
+
 def test_precision_is_the_checkpoints_or_the_one_asked_for(tmp_path: Path) -> None:
     case = CASES["eagle3"]
     half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in case.tensors().items()}
@@ -379,6 +403,9 @@ def test_pickles_that_run_code_are_not_loaded(tmp_path: Path) -> None:
         DovetailAssistantModel.from_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").unlink()
     with pytest.raises(OSError, match=r"holds no weights; expected one of model.safetensors"):
+        DovetailAssistantModel.from_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(OSError, match=r"holds no config.json; expected the folder or the name of a model"):
         DovetailAssistantModel.from_pretrained(tmp_path)
     config = {"model_type": "vit"}
     CASES["dgf"].write(tmp_path, {"x": torch.zeros(1)}, config)

@@ -33,7 +33,10 @@ def read_config(source: str, options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         OSError: if there is none, or it is no JSON.
     """
-    return PreTrainedConfig.get_config_dict(source, **options)[0]
+    found, _ = PreTrainedConfig.get_config_dict(source, **options)
+    if not found:
+        raise OSError(f"{source} holds no config.json; expected the folder or the name of a model")
+    return found
 
 
 def read_tensors(
