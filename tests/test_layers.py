@@ -19,7 +19,7 @@ LAYERS = (
     ("plugin",),
     ("calibrate", "train"),
     ("demo",),
-    ("bench", "calibrate_command"),
+    ("bench", "calibrate_command", "train_command"),
     ("cli",),
 )
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
