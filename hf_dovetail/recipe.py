@@ -110,7 +110,7 @@ PRESETS = {
         precision="bf16",
     ),
 }
-"""Recipes by name. "paper" is arXiv 2412.18934's, with the window and clip of EAGLE's code; it names no number of steps."""
+"""Recipes by name. "paper" is arXiv 2412.18934's, with window and clip of EAGLE's code; it names no number of steps."""
 
 
 def option_help() -> dict[str, str]:

@@ -84,22 +84,19 @@ def load_encoded(
 def encode(tokenizer: PreTrainedTokenizerBase, record: Record) -> Encoded:
     """A record as tokens: a text opened as the tokenizer opens one (or by its EOS), a conversation by its template.
 
+    A token of a conversation counts if it ends inside an assistant's turn, since then the target writes it.
+
     Raises:
         ValueError: if the tokenizer has no chat template, or cannot tell which characters a token covers.
     """
-    if not record.messages and not record.prompt:
-        ids = _opened(tokenizer, tokenizer(record.text, verbose=False).input_ids)
-        return Encoded(torch.tensor(ids, dtype=torch.int32), torch.ones(len(ids), dtype=torch.bool))
+    if not record.messages:
+        return _encode_text(tokenizer, record)
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} does not tell characters of tokens; use its fast version")
-    if record.messages:
-        text, spans = render_chat(tokenizer, record.messages)
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return _encoded(encoded.input_ids, encoded.offset_mapping, spans)
-    end = tokenizer.eos_token or ""
-    text, spans = record.text + end, [(len(record.prompt), len(record.text + end))]
-    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
-    return _encoded(encoded.input_ids, encoded.offset_mapping, spans)
+    text, spans = render_chat(tokenizer, record.messages)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    counted = [any(begin < end <= stop for begin, stop in spans) for _, end in encoded.offset_mapping]
+    return _encoded(encoded.input_ids, counted)
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> tuple[str, list[Span]]:
@@ -131,9 +128,19 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str,
     return whole, spans
 
 
-def _encoded(ids: list[int], offsets: list[Span], spans: list[Span]) -> Encoded:
-    """A token counts if it ends inside a span, since then the target writes it."""
-    counted = [any(begin < end <= stop for begin, stop in spans) for _, end in offsets]
+def _encode_text(tokenizer: PreTrainedTokenizerBase, record: Record) -> Encoded:
+    """A text of which all counts, or a prompt and its completion, each tokenised alone as generation does."""
+    if not record.prompt:
+        ids = _opened(tokenizer, tokenizer(record.text, verbose=False).input_ids)
+        return _encoded(ids, [True] * len(ids))
+    given = _opened(tokenizer, tokenizer(record.prompt, verbose=False).input_ids)
+    rest = tokenizer(record.text[len(record.prompt) :], add_special_tokens=False, verbose=False).input_ids
+    if tokenizer.eos_token_id is not None:
+        rest = [*rest, tokenizer.eos_token_id]
+    return _encoded(given + rest, [False] * len(given) + [True] * len(rest))
+
+
+def _encoded(ids: list[int], counted: list[bool]) -> Encoded:
     return Encoded(torch.tensor(ids, dtype=torch.int32), torch.tensor(counted, dtype=torch.bool))
 
 
