@@ -81,12 +81,14 @@ def _with(**changes: Any) -> Trial:
     return Trial(replace(OURS, **changes))
 
 
-_MUON = replace(OURS, optimizer="muon", learning_rate=4e-3)
+_MUON = replace(OURS, optimizer="muon", learning_rate=2e-2)
 TRIALS = {
     "ours": Trial(),
     "seed 1": _with(seed=1),
-    "muon 2e-3": _with(optimizer="muon"),
-    "muon 4e-3": Trial(_MUON),
+    "muon 2e-3": Trial(replace(_MUON, learning_rate=2e-3)),
+    "muon 4e-3": Trial(replace(_MUON, learning_rate=4e-3)),
+    "muon 2e-2": Trial(_MUON),
+    "rate 4e-3": _with(learning_rate=4e-3),
     "unroll 1": _with(unroll=1),
     "unroll 2": _with(unroll=2),
     "blocks 1": Trial(blocks=1),
@@ -97,13 +99,13 @@ TRIALS = {
     "feature weight 0": _with(feature_weight=0.0),
     "feature weight 10": _with(feature_weight=10.0),
     "top-k 16": _with(top_k=16),
-    "rate 4e-3": _with(learning_rate=4e-3),
     "rate 1e-3": _with(learning_rate=1e-3),
     "unroll 5": _with(unroll=5),
     "batch 16": _with(batch=16),
     "batch 64": _with(batch=64),
-    "muon 8e-3": Trial(replace(_MUON, learning_rate=8e-3)),
-    "muon 4e-3, batch 16": Trial(replace(_MUON, batch=16)),
+    "rate 8e-3": _with(learning_rate=8e-3),
+    "muon 1e-2": Trial(replace(_MUON, learning_rate=1e-2)),
+    "muon 4e-2": Trial(replace(_MUON, learning_rate=4e-2)),
     "cosine": _with(schedule="cosine"),
     "plateau": _with(schedule="plateau"),
     "sharpness 1.7": Trial(sharpness=1.7),
