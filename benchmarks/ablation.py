@@ -90,37 +90,37 @@ TRIALS = {
     "muon 2e-2": Trial(_MUON),
     "rate 4e-3": _with(learning_rate=4e-3),
     "unroll 1": _with(unroll=1),
-    "unroll 2": _with(unroll=2),
     "blocks 1": Trial(blocks=1),
     "blocks 3": Trial(blocks=3),
-    "paper": Trial(PAPER),
-    "paper's losses, our rate": Trial(replace(PAPER, learning_rate=2e-3, warmup=10)),
     "feature weight 0.1": _with(feature_weight=0.1),
-    "feature weight 0": _with(feature_weight=0.0),
-    "feature weight 10": _with(feature_weight=10.0),
-    "top-k 16": _with(top_k=16),
-    "rate 1e-3": _with(learning_rate=1e-3),
-    "unroll 5": _with(unroll=5),
-    "batch 16": _with(batch=16),
-    "batch 64": _with(batch=64),
-    "rate 8e-3": _with(learning_rate=8e-3),
-    "muon 1e-2": Trial(replace(_MUON, learning_rate=1e-2)),
     "muon 4e-2": Trial(replace(_MUON, learning_rate=4e-2)),
-    "cosine": _with(schedule="cosine"),
-    "plateau": _with(schedule="plateau"),
-    "sharpness 1.7": Trial(sharpness=1.7),
-    "decay 1": _with(unroll_decay=1.0),
-    "decay 0.5": _with(unroll_decay=0.5),
+    "paper": Trial(PAPER),
+    "unroll 5": _with(unroll=5),
+    "rate 8e-3": _with(learning_rate=8e-3),
+    "paper's losses, our rate": Trial(replace(PAPER, learning_rate=2e-3, warmup=10)),
+    "top-k 16": _with(top_k=16),
     "own text only": Trial(own_share=1.0),
-    "read text only": Trial(own_share=0.0),
+    "unroll 2": _with(unroll=2),
+    "feature weight 10": _with(feature_weight=10.0),
+    "batch 16": _with(batch=16),
+    "sharpness 1.7": Trial(sharpness=1.7),
     "noise 0.1": _with(noise=0.1),
     "MLP twice as wide": Trial(mlp=2.0),
-    "MLP half as wide": Trial(mlp=0.5),
-    "own embedding": Trial(own_embedding=True),
-    "vocabulary 2048": Trial(vocabulary=2048),
+    "feature weight 0": _with(feature_weight=0.0),
+    "muon 1e-2": Trial(replace(_MUON, learning_rate=1e-2)),
+    "batch 64": _with(batch=64),
+    "rate 1e-3": _with(learning_rate=1e-3),
     "blocks 4": Trial(blocks=4),
     "blocks 5": Trial(blocks=5),
     "blocks 6": Trial(blocks=6),
+    "cosine": _with(schedule="cosine"),
+    "plateau": _with(schedule="plateau"),
+    "decay 1": _with(unroll_decay=1.0),
+    "decay 0.5": _with(unroll_decay=0.5),
+    "read text only": Trial(own_share=0.0),
+    "MLP half as wide": Trial(mlp=0.5),
+    "own embedding": Trial(own_embedding=True),
+    "vocabulary 2048": Trial(vocabulary=2048),
     "paper, 1 block": Trial(PAPER, blocks=1),
     "paper, 3 blocks": Trial(PAPER, blocks=3),
     "paper, 4 blocks": Trial(PAPER, blocks=4),
@@ -205,6 +205,32 @@ class Training:
             optimizer.step()
             optimizer.zero_grad()
 
+    def save(self, path: Path, cost: float, training_s: float) -> None:
+        """Write what `restore` needs."""
+        state = {
+            "draft": self.draft.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "generator": self.generator.get_state(),
+            "embedding": self.draft._shared.embedding if self.trial.own_embedding else None,
+            "losses": self.losses,
+            "cost": cost,
+            "training_s": training_s,
+        }
+        torch.save(state, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+
+    def restore(self, state: dict[str, Any]) -> float:
+        """Go on where `save` was called; the CPU seconds until then."""
+        self.draft.load_state_dict(state["draft"])
+        for optimizer, value in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(value)
+        self.generator.set_state(state["generator"])
+        if state["embedding"] is not None:
+            with torch.no_grad():
+                self.draft._shared.embedding.copy_(state["embedding"])
+        self.losses = state["losses"]
+        return state["training_s"]
+
     def _rows(self) -> Tensor:
         """(batch,) windows, so many of them the target's own."""
         own = round(self.recipe.batch * self.trial.own_share)
@@ -226,7 +252,11 @@ def optimizers(parameters: list[nn.Parameter], recipe: Recipe) -> list[torch.opt
 
 
 def relative_cost(trial: Trial, material: Material, pairs: int = 4) -> float:
-    """CPU time of a step of `trial` over that of a step of "ours", timed in turns."""
+    """CPU time of a step of `trial` over that of a step of "ours", timed in turns if they compute different things."""
+    costly = ("batch", "window", "top_k", "unroll", "optimizer")
+    other = replace(trial, recipe=OURS, sharpness=1.0, own_share=Trial().own_share, vocabulary=0) != Trial()
+    if not other and all(getattr(trial.recipe, name) == getattr(OURS, name) for name in costly):
+        return 1.0
     runs = [Training(t, material, steps=1000) for t in (TRIALS["ours"], trial)]
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(pairs + 1):
@@ -262,17 +292,23 @@ def decode(draft: DovetailAssistantModel, material: Material, prompts: int, **sa
     return found
 
 
-def run_trial(name: str, material: Material, reference_steps: int) -> dict[str, Any]:
-    """Train and measure one trial."""
-    trial, wall = TRIALS[name], time.perf_counter()
-    cost = 1.0 if name == "ours" else relative_cost(trial, material)
+def run_trial(name: str, material: Material, reference_steps: int, path: Path, minutes: float) -> dict[str, Any] | None:
+    """Train and measure one trial, or None when the minutes are over: the next call goes on from `path`."""
+    trial, end = TRIALS[name], time.perf_counter() + 60 * minutes
+    saved = torch.load(path, weights_only=True) if path.exists() else None
+    cost = saved["cost"] if saved else relative_cost(trial, material)
     run = Training(trial, material, max(1, round(reference_steps / cost)))
+    training_s = run.restore(saved) if saved else 0.0
     begin = time.process_time()
-    for number in range(run.steps):
-        run.step(number)
+    while len(run.losses) < run.steps:
+        run.step(len(run.losses))
         if not math.isfinite(run.losses[-1]):
-            raise FloatingPointError(f"the loss of trial {name!r} is {run.losses[-1]} at step {number}")
-    training_s = time.process_time() - begin
+            raise FloatingPointError(f"the loss of trial {name!r} is {run.losses[-1]} at step {len(run.losses) - 1}")
+        over = time.perf_counter() > end or len(run.losses) == run.steps  # measuring is a piece of its own
+        if over and minutes < math.inf:
+            run.save(path, cost, training_s + time.process_time() - begin)
+            return None
+    training_s += time.process_time() - begin
     run.draft.eval()
     if trial.vocabulary:
         restrict_vocabulary(run.draft, material, trial.vocabulary)
@@ -284,7 +320,6 @@ def run_trial(name: str, material: Material, reference_steps: int) -> dict[str, 
         "cost_of_a_step": round(cost, 3),
         "steps": run.steps,
         "training_cpu_s": round(training_s, 1),
-        "wall_s": round(time.perf_counter() - wall, 1),
         "losses": [round(loss, 4) for loss in run.losses[:: max(1, run.steps // 20)]],
         "greedy_tokens_rounds": greedy,
         "sampled_tokens_rounds": sampled,
@@ -346,6 +381,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "ablation")
     parser.add_argument("--trial", choices=list(TRIALS), help="the trial to run; nothing is done if it is there")
     parser.add_argument("--steps", type=int, default=150, help='steps of "ours"; other trials get the same time')
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after these, and go on in the next call")
     parser.add_argument("--list", action="store_true", help="print the trials' names")
     parser.add_argument("--collect", action="store_true", help="write the result of all trials so far")
     parser.add_argument("--name", default="ablation")
@@ -360,7 +396,9 @@ def main() -> None:
     material = load_material(arguments.work)
     path = arguments.work / f"{arguments.trial}.json"
     if arguments.trial and not path.exists():
-        result = run_trial(arguments.trial, material, arguments.steps)
+        result = run_trial(arguments.trial, material, arguments.steps, path.with_suffix(".pt"), arguments.minutes)
+        if result is None:
+            return
         path.write_text(json.dumps(result) + "\n")
         print(f"{arguments.trial}: {rate_of(result['greedy_tokens_rounds']):.2f} tokens per round", flush=True)
 
