@@ -140,9 +140,27 @@ def test_train_from_captured_features_without_the_target(tmp_path: Path, capsys)
     assert main([*capture, "--strict"]) == 2
     assert "line 4: not JSON" in capsys.readouterr().err
     assert main(capture) == 0
-    assert main(["train", "--features", features, "--out", str(out), *SHORT, "--recipe", "paper", "--unroll", "2"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--features",
+                features,
+                "--out",
+                str(out),
+                *SHORT,
+                "--recipe",
+                "paper",
+                "--unroll",
+                "2",
+                "--noise",
+                "0",
+            ]
+        )
+        == 0
+    )
     recipe = json.loads((out / "recipe.json").read_text())
-    assert (recipe["learning_rate"], recipe["steps"], recipe["unroll"]) == (3e-5, 2, 2)
+    assert (recipe["learning_rate"], recipe["steps"], recipe["unroll"], recipe["noise"]) == (3e-5, 2, 2, 0.0)
     assert AutoTokenizer.from_pretrained(out).vocab_size == 4096
     for options, said in (
         (["--features", features, "--validate-every", "1"], "give --target"),

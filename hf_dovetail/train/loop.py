@@ -192,7 +192,8 @@ def _optimize(run: _Run) -> None:
         if progress.step % recipe.save_every == 0 or progress.step == recipe.steps:
             run.checkpoint.save(accelerator)
     bar.close()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()  # and not end_training, which would end the processes' group as well
 
 
 def _step(run: _Run, module: torch.nn.Module, chosen: list[torch.optim.Optimizer]) -> float:
