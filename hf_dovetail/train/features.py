@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..config import DovetailConfig
 from ..modeling import DovetailAssistantModel
 from ..target import FeatureTap
 from .text import Windows
@@ -79,6 +80,11 @@ class LiveFeatures:
         """One forward pass of the target over windows `rows`."""
         ids = self._ids[rows, :length].long().to(draft.device)
         return Batch(ids, *capture(self.target, ids))
+
+
+def feature_width(config: DovetailConfig) -> int:
+    """Numbers per token that a draft reads: the target's hidden size for each layer that it is made of."""
+    return (config.target_hidden_size or config.hidden_size) * len(config.feature_layers)
 
 
 def text_facts(windows: Windows) -> dict[str, Any]:

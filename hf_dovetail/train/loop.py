@@ -24,7 +24,7 @@ from ..modeling import DovetailAssistantModel
 from ..recipe import Recipe
 from .card import write_card
 from .checkpoints import Checkpoint, Progress, facts_of
-from .features import LiveFeatures, Source
+from .features import LiveFeatures, Source, feature_width
 from .files import remove, whole, write_whole
 from .steps import DraftLoss, check_parts, optimizers, parts_of_step
 from .text import Windows
@@ -201,7 +201,7 @@ def _step(run: _Run, module: torch.nn.Module, chosen: list[torch.optim.Optimizer
     accelerator, recipe = run.accelerator, run.recipe
     total = torch.zeros((), device=accelerator.device)
     index, processes = accelerator.process_index, accelerator.num_processes
-    width = run.draft.config.hidden_size
+    width = feature_width(run.draft.config)
     for part in parts_of_step(run.source, recipe, width, run.progress.generator, index, processes):
         with accelerator.accumulate(module):
             with accelerator.autocast():
