@@ -94,6 +94,11 @@ from transformers import AutoModelForCausalLM
 from hf_dovetail.demo import pair_path
 from hf_dovetail.train import Extras, Windows, capture_features, train_draft
 from accelerate import PartialState
+from accelerate.utils import reduce
+from hf_dovetail.train import LiveFeatures
+from hf_dovetail.train.steps import DraftLoss, parts_of_step
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 torch.set_num_threads(1)
 from dataclasses import replace
 folder = Path(sys.argv[1])
@@ -103,7 +108,23 @@ recipe = replace(RECIPE, steps=4, save_every=2, validate_every=4)
 extras = Extras(prompts=list(data["prompts"].split(1)), new_tokens=8)
 train_draft(new_draft(target), target, Windows(data["ids"], data["counted"]), recipe, folder / "draft", extras=extras)
 capture_features(target, Windows(data["ids"][:12]), folder / "features", shard_windows=3)
-assert PartialState().num_processes == 2
+state = PartialState()
+assert state.num_processes == 2
+
+draft = new_draft(target)  # and the same step with weights split over the processes, as FSDP 2 does
+draft.train().meet(target)
+module = DraftLoss(draft, recipe)
+mesh = init_device_mesh("cpu", (2,))
+for part in (*draft.layers, module):
+    fully_shard(part, mesh=mesh)
+source = LiveFeatures(target, Windows(data["ids"], data["counted"]))
+generator = torch.Generator().manual_seed(recipe.seed)
+(part,) = parts_of_step(source, recipe, 192, generator, state.process_index, 2)
+loss = module(source.batch(part.rows, recipe.window, draft), part.noise, part.weights)
+loss.backward()
+total = reduce(loss.detach(), "mean").item()
+if state.is_main_process:
+    (folder / "sharded.txt").write_text(str(total))
 """
 
 
@@ -128,6 +149,7 @@ def test_two_processes_train_what_one_does(target, windows, tmp_path: Path) -> N
     torch.testing.assert_close(weights(two), weights(one), rtol=1e-3, atol=1e-4)
     assert metrics(tmp_path / "draft")[-1]["tokens_per_round"] == metrics(tmp_path / "one")[-1]["tokens_per_round"]
     assert len(list((tmp_path / "features").glob("shard-*.safetensors"))) == 4
+    assert float((tmp_path / "sharded.txt").read_text()) == pytest.approx(losses(tmp_path / "one")[0], rel=1e-4)
 
 
 KILLED = """
