@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .recipe import CHOICES, PRESETS, Recipe, option_help
+from .recipe import CHOICES, MEASURED_WIDTH, PAPER, Recipe, default_recipe, option_help
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,7 +31,7 @@ def add_train_parsers(commands: Any) -> None:
     train.add_argument("--features", type=Path, help="folder of captured features, instead of --data")
     train.add_argument("--out", required=True, type=Path, help="folder for the draft; an interrupted run resumes there")
     train.add_argument("--blocks", type=int, default=1, help="decoder blocks of the draft, 1 to 6")
-    train.add_argument("--recipe", choices=list(PRESETS), default="default", help="where the numbers below start from")
+    train.add_argument("--recipe", choices=("default", "paper"), default="default", help="numbers that are not given")
     _add_recipe(train)
     train.add_argument("--regenerate", action="store_true", help="train on the target's own answers to the data")
     train.add_argument("--answer-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
@@ -66,22 +66,28 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    """One option for each number in the recipe, in the recipe's own words."""
-    words = option_help()
+    """One option for each number in the recipe, in the recipe's own words; the default rate falls with the width."""
+    words, ours = option_help(), default_recipe(MEASURED_WIDTH, muon=True)
     for field in fields(Recipe):
         if isinstance(field.default, int | float | str):
             parser.add_argument(
                 f"--{field.name.replace('_', '-')}",
                 type=type(field.default),
                 choices=CHOICES.get(field.name),
-                help=f"{words[field.name]} (default: {field.default})",
+                help=f"{words[field.name]} (default: {getattr(ours, field.name)}, paper: {getattr(PAPER, field.name)})",
             )
 
 
-def _recipe(arguments: argparse.Namespace) -> Recipe:
-    """The preset, with the numbers that were given."""
+def _recipe(arguments: argparse.Namespace, target: PreTrainedModel) -> Recipe:
+    """The recipe that is named, with the numbers that were given; AdamW where Muon cannot work."""
+    import torch
+
+    whole = not any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+    muon = hasattr(torch.optim, "Muon") and whole and arguments.optimizer != "adamw"
+    width = target.config.get_text_config(decoder=True).hidden_size
+    named = PAPER if arguments.recipe == "paper" else default_recipe(width, muon)
     given = {field.name: getattr(arguments, field.name, None) for field in fields(Recipe)}
-    return replace(PRESETS[arguments.recipe], **{name: value for name, value in given.items() if value is not None})
+    return replace(named, **{name: value for name, value in given.items() if value is not None})
 
 
 def _load_target(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -129,15 +135,15 @@ def _train(arguments: argparse.Namespace) -> None:
     from .modeling import DovetailAssistantModel
     from .train import Extras, train_draft
 
-    recipe = _recipe(arguments)
     if arguments.features is None:
         target, tokenizer = _load_target(arguments)
-        data = list(arguments.data)
+        recipe, data = _recipe(arguments, target), list(arguments.data)
         if arguments.regenerate:
             data = _regenerated(arguments, target, tokenizer, recipe.seed)
         text = _windows(arguments, tokenizer, data, recipe.window)
     else:
         target, tokenizer, text = _stored(arguments)
+        recipe = _recipe(arguments, target)
     text, prompts = _prompts(arguments, recipe, tokenizer, text)
     extras = Extras(tokenizer, prompts, log_with=arguments.log_with, data=list(map(str, arguments.data)))
     torch.manual_seed(recipe.seed)

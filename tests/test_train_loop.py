@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dovetail import DovetailAssistantModel
 from hf_dovetail.demo import pair_path
-from hf_dovetail.recipe import PRESETS, Recipe
+from hf_dovetail.recipe import PAPER, Recipe, default_recipe
 from hf_dovetail.train import Extras, Windows, hold_out, pack, train_draft, validate
 from hf_dovetail.train.checkpoints import Progress
 from hf_dovetail.train.losses import distribution_distances
@@ -344,9 +344,15 @@ def test_schedules_warm_up_and_end_near_zero() -> None:
 
 
 def test_the_papers_recipe_is_the_papers() -> None:
-    paper = PRESETS["paper"]
-    assert (paper.learning_rate, paper.betas, paper.warmup) == (3e-5, (0.9, 0.95), 2000)
-    assert (paper.feature_weight, paper.distribution_weight, paper.noise, paper.unroll) == (1.0, 0.1, 0.1, 1)
+    assert (PAPER.learning_rate, PAPER.betas, PAPER.warmup) == (3e-5, (0.9, 0.95), 2000)
+    assert (PAPER.feature_weight, PAPER.distribution_weight, PAPER.noise, PAPER.unroll) == (1.0, 0.1, 0.1, 1)
+
+
+def test_the_default_rate_falls_with_the_width() -> None:
+    assert default_recipe(192, muon=True).learning_rate == 2e-2
+    assert default_recipe(768, muon=True).learning_rate == pytest.approx(1e-2)
+    assert default_recipe(768, muon=False).learning_rate == pytest.approx(1e-3)
+    assert [default_recipe(768, muon).optimizer for muon in (True, False)] == ["muon", "adamw"]
 
 
 def test_tensorboard_is_written_or_its_absence_said(target, windows, tmp_path: Path) -> None:
