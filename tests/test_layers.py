@@ -31,7 +31,7 @@ LAYERS = (
     ("plugin",),
     ("calibrate", "train", "convert"),
     ("demo",),
-    ("bench", "calibrate_command"),
+    ("bench", "calibrate_command", "train_command"),
     ("cli",),
 )
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
