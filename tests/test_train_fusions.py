@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
-from hf_dovetail.demo import pair_path
+from hf_dovetail.demo import demo_prompts, pair_path
 from hf_dovetail.draft import DraftSession
 from hf_dovetail.recipe import Recipe
 from hf_dovetail.train import capture, draft_loss, token_stream, train_draft
 from hf_dovetail.weights import feature_layers
 
 FUSIONS = ("eagle", "eagle3")
-RECIPE = Recipe(steps=24, batch=8, window=64, learning_rate=3e-3, warmup=4, distribution_weight=1.0, unroll=2)
+RECIPE = Recipe(steps=40, batch=8, window=64, learning_rate=5e-3, warmup=4, distribution_weight=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +59,16 @@ def test_training_learns_and_the_draft_is_accepted(
     trained = train_draft(new_draft(target, fusion), target, windows, RECIPE, tmp_path, tokenizer)
     loaded = DovetailAssistantModel.from_pretrained(tmp_path)
     assert trained.state_dict().keys() == loaded.state_dict().keys()
-    inputs = tokenizer("import os\n\ndef main():\n", return_tensors="pt")
-    plain, rates = target.generate(**inputs, max_new_tokens=48, do_sample=False), []
+    rates = []
     for draft in (loaded, new_draft(target, fusion, seed=1)):
-        draft.tree = TreeShape(nodes=12, depth=4, top_k=6)
-        answer = target.generate(**inputs, assistant_model=draft, max_new_tokens=48, do_sample=False)
-        assert torch.equal(answer, plain)
-        rates.append(draft.last_stats.tokens_per_round)
-    assert rates[0] > max(1.3, rates[1] + 0.2), rates
+        draft.tree, rounds, tokens = TreeShape(nodes=12, depth=4, top_k=6), 0, 0
+        for prompt in demo_prompts()[:4]:
+            inputs = tokenizer(prompt, return_tensors="pt")
+            answer = target.generate(**inputs, assistant_model=draft, max_new_tokens=48, do_sample=False)
+            rounds, tokens = rounds + draft.last_stats.rounds, tokens + draft.last_stats.new_tokens - 1
+        assert torch.equal(answer, target.generate(**inputs, max_new_tokens=48, do_sample=False))
+        rates.append(tokens / rounds)
+    assert rates[0] > rates[1] + 0.2, rates  # about 1.45 and 1.07
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)

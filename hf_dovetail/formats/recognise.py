@@ -234,8 +234,8 @@ def _feature_layers(config: Mapping[str, Any], inner: Mapping[str, Any]) -> list
     """The layers whose inputs are read, or None for EAGLE-3's own choice.
 
     At the top level (speculators, vLLM) number i means the input of layer i, transformers' `hidden_states[i]`; inside
-    `eagle_config` (SpecForge, SGLang, ModelOpt) it means the output of layer i (`set_eagle3_layers_to_capture` in
-    SGLang's `llama.py` adds 1).
+    `eagle_config` it means the output of layer i (SpecForge hooks the layers' outputs, and SGLang's
+    `set_eagle3_layers_to_capture` adds 1).
     """
     name = "eagle_aux_hidden_state_layer_ids"
     inputs, outputs = config.get(name), inner.get(name)
