@@ -84,6 +84,7 @@ def _with(**changes: Any) -> Trial:
     return Trial(replace(OURS, **changes))
 
 
+_ONE = replace(OURS, unroll=1)
 TRIALS = {
     "ours": Trial(),
     "adamw 2e-3": Trial(ADAMW),
@@ -94,6 +95,16 @@ TRIALS = {
     "blocks 1": Trial(blocks=1),
     "paper": Trial(PAPER),
     "unroll 1": _with(unroll=1),
+    "blocks 1, unroll 1": Trial(_ONE, blocks=1),
+    "paper's losses, our rate and optimizer": _with(distribution_weight=0.1, noise=0.1, unroll=1),
+    "unroll 2": _with(unroll=2),
+    "blocks 3, unroll 1": Trial(_ONE, blocks=3),
+    "unroll 1, feature weight 0.1": Trial(replace(_ONE, feature_weight=0.1)),
+    "unroll 1, rate 4e-2": Trial(replace(_ONE, learning_rate=4e-2)),
+    "unroll 1, batch 16": Trial(replace(_ONE, batch=16)),
+    "blocks 4, unroll 1": Trial(_ONE, blocks=4),
+    "blocks 5, unroll 1": Trial(_ONE, blocks=5),
+    "blocks 6, unroll 1": Trial(_ONE, blocks=6),
     "blocks 3": Trial(blocks=3),
     "rate 4e-2": _with(learning_rate=4e-2),
     "feature weight 0.1": _with(feature_weight=0.1),
@@ -102,7 +113,6 @@ TRIALS = {
     "blocks 5": Trial(blocks=5),
     "unroll 5": _with(unroll=5),
     "top-k 16": _with(top_k=16),
-    "paper's losses, our rate and optimizer": _with(distribution_weight=0.1, noise=0.1, unroll=1),
     "seed 1": _with(seed=1),
     "blocks 4": Trial(blocks=4),
     "blocks 6": Trial(blocks=6),
@@ -111,7 +121,6 @@ TRIALS = {
     "sharpness 1.7": Trial(sharpness=1.7),
     "feature weight 10": _with(feature_weight=10.0),
     "feature weight 0": _with(feature_weight=0.0),
-    "unroll 2": _with(unroll=2),
     "paper, 1 block": Trial(PAPER, blocks=1),
     "paper, 3 blocks": Trial(PAPER, blocks=3),
     "paper, 4 blocks": Trial(PAPER, blocks=4),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -105,7 +105,9 @@ def train_draft(
         FloatingPointError: if the loss is not finite; the last checkpoint stays usable.
         OSError: if the disk is full; the last checkpoint stays usable.
     """
-    out, extras = Path(out), extras or Extras(tokenizer)
+    out, extras = Path(out), extras or Extras()
+    if tokenizer is not None:
+        extras = replace(extras, tokenizer=tokenizer)
     source = _source(target, text)
     _check(source, recipe, extras, out)
     out.mkdir(parents=True, exist_ok=True)
