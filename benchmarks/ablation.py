@@ -2,6 +2,7 @@
 
     python benchmarks/ablation.py --list
     python benchmarks/ablation.py --work build/ablation --trial ours     # one trial; writes build/ablation/ours.json
+    python benchmarks/ablation.py --work build/ablation --costs          # ms per round with 1 to 6 blocks
     python benchmarks/ablation.py --work build/ablation --collect        # all trials so far, as one result and a table
 
 Equal time means equal work of the processor: before each trial a step of it and a step of the recipe "ours" are timed
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
-from hf_dovetail.config import DovetailConfig
+from hf_dovetail.config import MAX_BLOCKS, DovetailConfig
 from hf_dovetail.demo import load_pair
 from hf_dovetail.recipe import Recipe
 from hf_dovetail.train import capture, continue_stream, draft_loss, token_stream
@@ -83,6 +84,7 @@ def _with(**changes: Any) -> Trial:
     return Trial(replace(OURS, **changes))
 
 
+_ONE = replace(OURS, unroll=1)
 TRIALS = {
     "ours": Trial(),
     "adamw 2e-3": Trial(ADAMW),
@@ -93,6 +95,16 @@ TRIALS = {
     "blocks 1": Trial(blocks=1),
     "paper": Trial(PAPER),
     "unroll 1": _with(unroll=1),
+    "blocks 1, unroll 1": Trial(_ONE, blocks=1),
+    "paper's losses, our rate and optimizer": _with(distribution_weight=0.1, noise=0.1, unroll=1),
+    "unroll 2": _with(unroll=2),
+    "blocks 3, unroll 1": Trial(_ONE, blocks=3),
+    "unroll 1, feature weight 0.1": Trial(replace(_ONE, feature_weight=0.1)),
+    "unroll 1, rate 4e-2": Trial(replace(_ONE, learning_rate=4e-2)),
+    "unroll 1, batch 16": Trial(replace(_ONE, batch=16)),
+    "blocks 4, unroll 1": Trial(_ONE, blocks=4),
+    "blocks 5, unroll 1": Trial(_ONE, blocks=5),
+    "blocks 6, unroll 1": Trial(_ONE, blocks=6),
     "blocks 3": Trial(blocks=3),
     "rate 4e-2": _with(learning_rate=4e-2),
     "feature weight 0.1": _with(feature_weight=0.1),
@@ -101,7 +113,6 @@ TRIALS = {
     "blocks 5": Trial(blocks=5),
     "unroll 5": _with(unroll=5),
     "top-k 16": _with(top_k=16),
-    "paper's losses, our rate and optimizer": _with(distribution_weight=0.1, noise=0.1, unroll=1),
     "seed 1": _with(seed=1),
     "blocks 4": Trial(blocks=4),
     "blocks 6": Trial(blocks=6),
@@ -110,7 +121,6 @@ TRIALS = {
     "sharpness 1.7": Trial(sharpness=1.7),
     "feature weight 10": _with(feature_weight=10.0),
     "feature weight 0": _with(feature_weight=0.0),
-    "unroll 2": _with(unroll=2),
     "paper, 1 block": Trial(PAPER, blocks=1),
     "paper, 3 blocks": Trial(PAPER, blocks=3),
     "paper, 4 blocks": Trial(PAPER, blocks=4),
@@ -362,6 +372,31 @@ def summaries(work: Path) -> Iterator[dict[str, Any]]:
         }
 
 
+def costs(material: Material, name: str, repeats: int = 5) -> None:
+    """Write what a round costs with 1 to 6 blocks: medians over prompts in turns, an untrained draft's full trees."""
+    drafts = {}
+    for blocks in range(1, MAX_BLOCKS + 1):
+        torch.manual_seed(0)
+        drafts[blocks] = DovetailAssistantModel.from_target(material.target, num_hidden_layers=blocks)
+        drafts[blocks].draft_device, drafts[blocks].tree = "cpu", TreeShape()
+    times: dict[int, list[tuple[float, float]]] = {blocks: [] for blocks in drafts}
+    for prompt in material.prompts[: repeats + 1]:
+        for blocks, draft in drafts.items():
+            ids = prompt.unsqueeze(0)
+            material.target.generate(
+                ids, attention_mask=torch.ones_like(ids), assistant_model=draft, max_new_tokens=24, do_sample=False
+            )
+            stats = draft.last_stats
+            times[blocks].append((stats.draft_ms / stats.rounds, stats.verify_ms / stats.rounds))
+    rows = []
+    for blocks, taken in times.items():
+        draft_ms, verify_ms = (round(statistics.median(column), 2) for column in zip(*taken[1:], strict=True))
+        size = sum(p.numel() for p in drafts[blocks].parameters())
+        rows.append({"blocks": blocks, "parameters": size, "draft_ms": draft_ms, "verify_ms": verify_ms})
+        print(rows[-1])
+    write(name, {"shape": vars(TreeShape()), "rounds": rows})
+
+
 def collect(work: Path, name: str) -> None:
     """Write all trials as one result and print them as a Markdown table."""
     rows = list(summaries(work))
@@ -383,6 +418,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150, help='steps of "ours"; other trials get the same time')
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after these, and go on in the next call")
     parser.add_argument("--list", action="store_true", help="print the trials' names")
+    parser.add_argument("--costs", action="store_true", help="measure what a round costs with 1 to 6 blocks")
     parser.add_argument("--collect", action="store_true", help="write the result of all trials so far")
     parser.add_argument("--name", default="ablation")
     arguments = parser.parse_args()
@@ -394,6 +430,9 @@ def main() -> None:
         collect(arguments.work, arguments.name)
         return
     material = load_material(arguments.work)
+    if arguments.costs:
+        costs(material, f"{arguments.name}_costs")
+        return
     path = arguments.work / f"{arguments.trial}.json"
     if arguments.trial and not path.exists():
         result = run_trial(arguments.trial, material, arguments.steps, path.with_suffix(".pt"), arguments.minutes)

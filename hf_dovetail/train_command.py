@@ -132,6 +132,7 @@ def _regenerated(
 
 def _train(arguments: argparse.Namespace) -> None:
     import torch
+    from accelerate import PartialState
 
     from .modeling import DovetailAssistantModel
     from .train import Extras, train_draft
@@ -146,11 +147,14 @@ def _train(arguments: argparse.Namespace) -> None:
         target, tokenizer, text = _stored(arguments)
         recipe = _recipe(arguments, target)
     text, prompts = _prompts(arguments, recipe, tokenizer, text)
-    extras = Extras(tokenizer, prompts, log_with=arguments.log_with, data=list(map(str, arguments.data)))
+    extras = Extras(
+        tokenizer, prompts, log_with=arguments.log_with, data=list(map(str, arguments.data)), dtype=target.dtype
+    )
     torch.manual_seed(recipe.seed)
     draft = DovetailAssistantModel.from_target(target, arguments.blocks, arguments.fusion).float()
     train_draft(draft, target, text, recipe, arguments.out, extras=extras)
-    _save(draft, target, arguments.out)
+    if PartialState().is_main_process:
+        print(f"the draft is in {arguments.out}")
 
 
 def _stored(arguments: argparse.Namespace) -> tuple:
@@ -180,15 +184,6 @@ def _prompts(arguments: argparse.Namespace, recipe: Recipe, tokenizer: PreTraine
     if arguments.features is not None:
         raise ValueError("captured features have no text to hold out: give prompts with --validate-on")
     return hold_out(text, arguments.validation_prompts)
-
-
-def _save(draft: Any, target: PreTrainedModel, out: Path) -> None:
-    """The finished draft in the target's precision."""
-    from accelerate import PartialState
-
-    if PartialState().is_main_process:
-        draft.to(target.dtype).save_pretrained(out)
-        print(f"the draft is in {out}")
 
 
 def _capture(arguments: argparse.Namespace) -> None:

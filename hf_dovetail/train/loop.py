@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from .files import remove, whole, write_whole
 from .steps import DraftLoss, check_parts, optimizers, parts_of_step
 from .text import Windows
 from .tracking import CsvTracker, trackers
-from .validate import Validation, validate
+from .validate import validate
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
@@ -44,6 +44,7 @@ class Extras:
         new_tokens: length of a validation's answers.
         log_with: accelerate's trackers beside the CSV file, such as "tensorboard".
         data: names of the training data, for the card.
+        dtype: precision of the finished draft; None: that of training.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -51,6 +52,7 @@ class Extras:
     new_tokens: int = 96
     log_with: Sequence[str] = ()
     data: Sequence[str] = ()
+    dtype: torch.dtype | None = None
 
 
 @dataclass
@@ -67,7 +69,7 @@ class _Run:
     checkpoint: Checkpoint
     out: Path
     csv: CsvTracker
-    last: Validation | None = field(default=None)
+    module: torch.nn.Module | None = None
 
     @property
     def best(self) -> Path:
@@ -103,7 +105,9 @@ def train_draft(
         FloatingPointError: if the loss is not finite; the last checkpoint stays usable.
         OSError: if the disk is full; the last checkpoint stays usable.
     """
-    out, extras = Path(out), extras or Extras(tokenizer)
+    out, extras = Path(out), extras or Extras()
+    if tokenizer is not None:
+        extras = replace(extras, tokenizer=tokenizer)
     source = _source(target, text)
     _check(source, recipe, extras, out)
     out.mkdir(parents=True, exist_ok=True)
@@ -167,6 +171,7 @@ def _optimize(run: _Run) -> None:
     module = DraftLoss(run.draft, recipe)
     chosen = optimizers(module, recipe, accelerator.distributed_type in _SHARDED)
     module, *chosen = accelerator.prepare(module, *chosen)
+    run.module = module
     accelerator.register_for_checkpointing(progress)
     run.checkpoint.resume(accelerator, progress)
     run.csv.keep_until(progress.step)
@@ -233,7 +238,7 @@ def _validated(run: _Run) -> dict[str, float]:
     recipe, step = run.recipe, run.progress.step
     if not recipe.validate_every or (step % recipe.validate_every and step != recipe.steps):
         return {}
-    run.last = found = validate(run.draft, run.target, run.extras.prompts, run.extras.new_tokens)
+    found = validate(run.draft, run.target, run.extras.prompts, run.extras.new_tokens)
     if run.progress.note(found.tokens_per_round) and run.accelerator.is_main_process:
         write_whole(run.best, run.draft.save_pretrained, "the best draft so far")
     run.accelerator.wait_for_everyone()
@@ -251,10 +256,13 @@ def _finish(run: _Run) -> DovetailAssistantModel:
     best = whole(run.best)
     if best is not None:
         draft.load_state_dict(load_file(best / "model.safetensors"), strict=True)
-    state = accelerator.get_state_dict(draft) if accelerator.distributed_type in _SHARDED else None
+    dtype = run.extras.dtype or draft.dtype
+    state = _gathered(run, dtype) if accelerator.distributed_type in _SHARDED else None
     if accelerator.is_main_process:
         if run.extras.tokenizer is not None:
             run.extras.tokenizer.save_pretrained(out)
+        if state is None:
+            draft.to(dtype)
         draft.eval().save_pretrained(out, state_dict=state)
         write_card(out, draft, run.recipe, run.source, run.extras.data, run.csv.tracker)
         (out / "recipe.json").write_text(json.dumps(asdict(run.recipe), indent=1) + "\n")
@@ -262,3 +270,9 @@ def _finish(run: _Run) -> DovetailAssistantModel:
         remove(run.best)
     accelerator.wait_for_everyone()
     return draft.eval()
+
+
+def _gathered(run: _Run, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The draft's weights from all processes, which FSDP and DeepSpeed split."""
+    weights = run.accelerator.get_state_dict(run.module)
+    return {name.removeprefix("draft."): weight.to(dtype) for name, weight in weights.items()}
