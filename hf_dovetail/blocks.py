@@ -64,10 +64,54 @@ class DynamicGatingFusion(nn.Module):
         return torch.lerp(from_token, from_feature, gate)
 
 
+class LinearFusion(nn.Module):
+    """EAGLE-1's and EAGLE-2's fusion: one product with the embedding beside the feature, in this order.
+
+    Source: `cnets1.py` in SafeAILab/EAGLE. `fc`: (h, 2h), with a bias unless the checkpoint has none.
+    """
+
+    def __init__(self, hidden_size: int, bias: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2 * hidden_size, hidden_size, bias=bias)
+
+    def forward(self, embeddings: Tensor, features: Tensor) -> Tensor:
+        """Fuse (B, T, h) embeddings of tokens t+1 with (B, T, h) features of tokens t."""
+        return self.fc(torch.cat((embeddings, features), dim=-1))
+
+
+class LayersFusion(nn.Module):
+    """EAGLE-3's fusion: features of several layers become one of the draft's width, beside the embedding.
+
+    Sources: `cnets.py` in SafeAILab/EAGLE (`fc`: (h, n * target's h), no bias); `eagle3/core.py` in
+    vllm-project/speculators for the norms before it: over all of them (`norm_before_fc`: `input_norm`) or over each
+    (`fc_norm`).
+    """
+
+    def __init__(self, config: DovetailConfig) -> None:
+        super().__init__()
+        size, eps = config.feature_size, config.rms_norm_eps
+        each = config.target_hidden_size or config.hidden_size
+        self.fc = nn.Linear(size, config.hidden_size, bias=False)
+        self.input_norm = RMSNorm(size, eps) if config.norm_before_fc else nn.Identity()
+        self.fc_norm = nn.ModuleList(RMSNorm(each, eps) for _ in range(size // each) if config.fc_norm)
+
+    def encode(self, features: Tensor) -> Tensor:
+        """(B, T, n * target's h) features of the target -> (B, T, h), the form of the draft's own hidden states."""
+        features = self.input_norm(features)
+        if self.fc_norm:
+            parts = features.chunk(len(self.fc_norm), dim=-1)
+            features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        return self.fc(features)
+
+    def forward(self, embeddings: Tensor, features: Tensor) -> Tensor:
+        """(B, T, h) embeddings of tokens t+1 beside encoded features of tokens t: (B, T, 2h), for `PairBlock`."""
+        return torch.cat((embeddings, features), dim=-1)
+
+
 class Attention(nn.Module):
     """Grouped-query attention whose groups are folded into the rows: no key or value is repeated."""
 
-    def __init__(self, config: DovetailConfig, layer: int) -> None:
+    def __init__(self, config: DovetailConfig, layer: int, input_size: int) -> None:
         super().__init__()
         self.layer, self.dropout = layer, config.attention_dropout
         self.heads, self.kv_heads, self.head_dim = (
@@ -76,18 +120,20 @@ class Attention(nn.Module):
             config.head_dim,
         )
         size, kv_size, bias = self.heads * self.head_dim, self.kv_heads * self.head_dim, config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, size, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
-        self.o_proj = nn.Linear(size, config.hidden_size, bias=bias)
+        self.q_proj = nn.Linear(input_size, size, bias=bias)
+        self.k_proj = nn.Linear(input_size, kv_size, bias=bias)
+        self.v_proj = nn.Linear(input_size, kv_size, bias=bias)
+        self.o_proj = nn.Linear(size, config.hidden_size, bias=config.attention_out_bias)
+        norms = [RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)]
+        self.q_norm, self.k_norm = norms
 
     def forward(self, hidden: Tensor, rotation: Rotation, mask: Tensor | None, store: KeyValueStore | None) -> Tensor:
-        """(B, T, h) -> (B, T, h); `mask` is `fold_mask`'s."""
+        """(B, T, input size) -> (B, T, h); `mask` is `fold_mask`'s."""
         batch, rows, _ = hidden.shape
         heads, kv_heads, groups = self.heads, self.kv_heads, self.heads // self.kv_heads
-        both = torch.cat((self.q_proj(hidden), self.k_proj(hidden)), dim=-1)
-        both = rotate(both.view(batch, rows, heads + kv_heads, self.head_dim), rotation)
-        queries, keys = both.split((heads, kv_heads), dim=2)
+        queries = self.q_norm(self.q_proj(hidden).view(batch, rows, heads, self.head_dim))
+        keys = self.k_norm(self.k_proj(hidden).view(batch, rows, kv_heads, self.head_dim))
+        queries, keys = rotate(torch.cat((queries, keys), dim=2), rotation).split((heads, kv_heads), dim=2)
         queries = queries.reshape(batch, rows, kv_heads, groups, self.head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
         keys = keys.transpose(1, 2)  # (B, H, T, D)
         values = self.v_proj(hidden).view(batch, rows, kv_heads, self.head_dim).transpose(1, 2)
@@ -116,15 +162,19 @@ class GatedMLP(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Attention and MLP, each behind a norm and beside a residual; the first block of a DGF draft has no first norm."""
+    """Attention and MLP, each behind a norm and beside a residual; without the first norm, behind a fusion."""
 
     def __init__(self, config: DovetailConfig, layer: int) -> None:
         super().__init__()
         norm = layer > 0  # the fusion's output goes in as it is
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps) if norm else nn.Identity()
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config, layer, config.hidden_size)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config)
+
+    def entrance(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What the attention reads of the block's input, and the residual beside it."""
+        return self.input_layernorm(hidden), hidden
 
     def forward(
         self, hidden: Tensor, rotation: Rotation, mask: Tensor | None = None, store: KeyValueStore | None = None
@@ -137,8 +187,47 @@ class DecoderBlock(nn.Module):
             mask: of `fold_mask`; None: every row sees every key.
             store: earlier rows' keys and values; None: the rows see each other only.
         """
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, mask, store)
+        inputs, residual = self.entrance(hidden)
+        hidden = residual + self.self_attn(inputs, rotation, mask, store)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class PairBlock(DecoderBlock):
+    """EAGLE-3's first block: its attention reads normed embedding and normed hidden state side by side, (B, T, 2h).
+
+    The residual is the hidden state (`LlamaDecoderLayeremb` in `cnets.py` of SafeAILab/EAGLE), or the normed one
+    with `norm_before_residual` (`eagle3/model_definitions.py` in vllm-project/speculators).
+    """
+
+    def __init__(self, config: DovetailConfig) -> None:
+        super().__init__(config, 0)
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm, self.hidden_norm = RMSNorm(size, eps), RMSNorm(size, eps)
+        self.self_attn = Attention(config, 0, 2 * size)
+        self._normed_residual = config.norm_before_residual
+
+    def entrance(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Of (B, T, 2h), embeddings first: (B, T, 2h) for the attention, (B, T, h) beside it."""
+        embeddings, hidden = hidden.chunk(2, dim=-1)
+        normed = self.hidden_norm(hidden)
+        inputs = torch.cat((self.input_layernorm(embeddings), normed), dim=-1)
+        return inputs, normed if self._normed_residual else hidden
+
+
+def make_fusion(config: DovetailConfig) -> nn.Module:
+    """The fusion that the configuration names."""
+    if config.fusion == "eagle":
+        return LinearFusion(config.hidden_size, config.fusion_bias)
+    if config.fusion == "eagle3":
+        return LayersFusion(config)
+    return DynamicGatingFusion(config.hidden_size, config.rms_norm_eps)
+
+
+def make_blocks(config: DovetailConfig) -> nn.ModuleList:
+    """The decoder blocks behind the fusion."""
+    pairs = config.fusion == "eagle3"
+    blocks = range(config.num_hidden_layers)
+    return nn.ModuleList(PairBlock(config) if pairs and i == 0 else DecoderBlock(config, i) for i in blocks)
 
 
 def fold_mask(mask: Tensor, groups: int) -> Tensor:

@@ -26,6 +26,7 @@ from .learned import keep
 from .modeling import DovetailAssistantModel
 from .target import Context, FeatureTap, Target, TreeTarget, open_target
 from .tree import DraftTree
+from .weights import feature_layers
 
 _CONTEXTS = (512, 2048)  # beside the prompt's; as far as the model reaches
 _PROMPT = 64  # tokens really computed
@@ -87,7 +88,8 @@ def _prefilled(target: PreTrainedModel, draft: DovetailAssistantModel) -> tuple[
     positions = torch.arange(ids.shape[1], device=target.device).unsqueeze(0)
     cache = DynamicCache(config=target.config)
     context = Context(cache, None, positions, ids.shape[1], ids.shape[1] + MAX_ROWS)
-    verifier = open_target(target, context, FeatureTap(target, draft.reads_features), LARGEST.nodes)
+    tap = FeatureTap(target, draft.reads_features, feature_layers(draft.config, target.config))
+    verifier = open_target(target, context, tap, LARGEST.nodes)
     try:
         output = verifier.prefill(lambda past: target(input_ids=ids, past_key_values=past, use_cache=True))
     except BaseException:

@@ -11,9 +11,18 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-FUSIONS = ("dgf", "none")
+FUSIONS = ("dgf", "eagle", "eagle3", "none")
 MAX_BLOCKS = 6
-_ROPE_TYPES_KEPT = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES_KEPT = ("default", "linear", "llama3", "yarn")
+_EAGLE3_ONLY = (
+    "draft_vocab_size",
+    "norm_before_residual",
+    "norm_before_fc",
+    "fc_norm",
+    "norm_output",
+)
+_EAGLE3_LAYERS = 7
+"""Fewest layers of a target in which EAGLE-3's own three are different ones."""
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -62,9 +71,17 @@ class DovetailConfig(PreTrainedConfig):
     """Geometry of a draft and the target it was made for; never how to run (engine, threads, device, tree).
 
     Args:
-        fusion: "dgf" (Dynamic Gating Fusion, arXiv 2412.18934) or "none" (an ordinary causal LM, see `causal_lm`).
+        fusion: "dgf" (Dynamic Gating Fusion, arXiv 2412.18934), "eagle" (EAGLE-1 and -2, arXiv 2401.15077), "eagle3"
+            (EAGLE-3, arXiv 2503.01840) or "none" (an ordinary causal LM, see `causal_lm`).
         target_name, target_type, target_hidden_size, target_vocab_size: the target that the draft imitates.
-        feature_layers: hidden states of the target that the draft reads; [-1] is the LM head's input.
+        feature_layers: hidden states of the target that the draft reads: [-1] is the LM head's input; with "eagle3"
+            the layers whose inputs it reads, or None for EAGLE-3's own choice (`eagle3_layers`).
+        fusion_bias: whether "eagle"'s product has a bias.
+        own_embeddings: whether the checkpoint holds embeddings, in place of the target's.
+        draft_vocab_size: tokens that an "eagle3" draft can propose; None: all of the target's.
+        norm_before_residual, norm_before_fc, fc_norm, norm_output: variants of "eagle3", see `blocks`.
+        qk_norm: whether queries and keys are normalised per head (Qwen 3).
+        attention_out_bias: whether the attention's output has a bias; None: as `attention_bias`.
         final_logit_softcapping, logit_scale: what the target does to its LM head's output.
         causal_lm: the wrapped model's configuration, for `fusion="none"`.
 
@@ -99,6 +116,15 @@ class DovetailConfig(PreTrainedConfig):
     target_hidden_size: int | None = None
     target_vocab_size: int | None = None
     feature_layers: list[int] | None = None
+    fusion_bias: bool = False
+    own_embeddings: bool = False
+    draft_vocab_size: int | None = None
+    norm_before_residual: bool = False
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
+    qk_norm: bool = False
+    attention_out_bias: bool | None = None
     final_logit_softcapping: float | None = None
     logit_scale: float = 1.0
     causal_lm: dict | None = None
@@ -106,17 +132,25 @@ class DovetailConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.fusion not in FUSIONS:
             raise ValueError(f"fusion is {self.fusion!r}; expected one of {', '.join(FUSIONS)}")
-        if self.fusion == "dgf" and not 1 <= self.num_hidden_layers <= MAX_BLOCKS:
+        if self.fusion != "none" and not 1 <= self.num_hidden_layers <= MAX_BLOCKS:
             raise ValueError(f"num_hidden_layers is {self.num_hidden_layers}; a draft has 1 to {MAX_BLOCKS} blocks")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.feature_layers is None:
-            self.feature_layers = [-1] if self.fusion == "dgf" else []
-        if self.fusion == "dgf" and self.feature_layers != [-1]:
-            raise ValueError(f"feature_layers is {self.feature_layers}; DGF reads [-1], the LM head's input")
+        if self.attention_out_bias is None:
+            self.attention_out_bias = self.attention_bias
+        if self.feature_layers is None and self.fusion != "eagle3":
+            self.feature_layers = [] if self.fusion == "none" else [-1]
+        _check_features(self)
+        _check_eagle3(self)
         super().__post_init__(**kwargs)
+
+    @property
+    def feature_size(self) -> int:
+        """Entries of a position's features, as the target hands them over."""
+        layers = 3 if self.feature_layers is None else len(self.feature_layers)
+        return layers * (self.target_hidden_size or self.hidden_size)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as saved. A pipeline looks for its assistant's class inside transformers, by these names."""
@@ -140,10 +174,10 @@ class DovetailConfig(PreTrainedConfig):
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             max_position_embeddings=_max_positions(text),
             rms_norm_eps=getattr(text, "rms_norm_eps", None) or 1e-6,
-            rope_parameters=_rope_parameters(text),
+            rope_parameters=rope_parameters(text),
             fusion=fusion,
-            final_logit_softcapping=getattr(text, "final_logit_softcapping", None),
-            logit_scale=_logit_scale(text),
+            feature_layers=_new_eagle3_layers(text.num_hidden_layers) if fusion == "eagle3" else None,
+            **describe_head(target, fusion),
             **describe_target(target),
         )
 
@@ -158,8 +192,7 @@ class DovetailConfig(PreTrainedConfig):
             num_attention_heads=text.num_attention_heads,
             max_position_embeddings=_max_positions(text),
             fusion="none",
-            final_logit_softcapping=getattr(text, "final_logit_softcapping", None),
-            logit_scale=_logit_scale(text),
+            **describe_head(lm, "none"),
             causal_lm=lm.to_dict(),
             **{name: getattr(text, name, None) for name in _SPECIAL_TOKENS},
         )
@@ -169,7 +202,7 @@ def describe_target(target: PreTrainedConfig) -> dict[str, Any]:
     """The fields of a draft's configuration that record its target."""
     text = target.get_text_config(decoder=True)
     return {
-        "target_name": _public_name(target.name_or_path),
+        "target_name": public_name(target.name_or_path),
         "target_type": text.model_type,
         "target_hidden_size": text.hidden_size,
         "target_vocab_size": text.vocab_size,
@@ -177,7 +210,70 @@ def describe_target(target: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def _public_name(name_or_path: str | None) -> str | None:
+def describe_head(target: PreTrainedConfig, fusion: str) -> dict[str, Any]:
+    """The fields that say what happens behind the LM head: what the target does, unless the draft has its own head."""
+    if fusion == "eagle3":
+        return {}
+    text = target.get_text_config(decoder=True)
+    return {
+        "final_logit_softcapping": getattr(text, "final_logit_softcapping", None),
+        "logit_scale": _logit_scale(text),
+    }
+
+
+def eagle3_layers(target_layers: int) -> list[int]:
+    """The layers whose inputs an EAGLE-3 draft reads where its checkpoint names none: 2, n // 2, n - 3.
+
+    Source: `modeling_llama_kv.py` in SafeAILab/EAGLE; vLLM and SGLang take the same.
+
+    Raises:
+        ValueError: if the target has too few layers for three different ones.
+    """
+    if target_layers < _EAGLE3_LAYERS:
+        raise ValueError(
+            f"EAGLE-3 reads the inputs of layers 2, n // 2 and n - 3, but the target has {target_layers} layers, "
+            f"expected at least {_EAGLE3_LAYERS}; name others in the draft's config.feature_layers"
+        )
+    return [2, target_layers // 2, target_layers - 3]
+
+
+def _new_eagle3_layers(target_layers: int) -> list[int]:
+    """The layers for a new draft: EAGLE-3's own, or as far apart in a target that is too small for them."""
+    if target_layers < _EAGLE3_LAYERS:
+        return [target_layers // 4, target_layers // 2, target_layers - 1]
+    return eagle3_layers(target_layers)
+
+
+def _check_features(config: DovetailConfig) -> None:
+    """Refuse feature layers that the fusion cannot read."""
+    layers = config.feature_layers
+    if config.fusion in ("dgf", "eagle") and layers != [-1]:
+        raise ValueError(f"feature_layers is {layers}; fusion {config.fusion!r} reads [-1], the LM head's input")
+    if config.fusion == "eagle3" and layers is not None and (not layers or min(layers) < 0):
+        raise ValueError(
+            f"feature_layers is {layers}; EAGLE-3 reads inputs of layers, numbered from 0, such as [2, 16, 29]"
+        )
+
+
+def _check_eagle3(config: DovetailConfig) -> None:
+    """Refuse what only EAGLE-3 has in other drafts, and its numbers out of range."""
+    if config.fusion != "eagle3":
+        given = [name for name in _EAGLE3_ONLY if getattr(config, name)]
+        if given:
+            raise ValueError(f"{', '.join(given)}: only drafts with fusion 'eagle3' have this, not {config.fusion!r}")
+        return
+    size = config.draft_vocab_size
+    if size is not None and not 1 <= size <= config.vocab_size:
+        raise ValueError(f"draft_vocab_size is {size}; expected 1 to the target's vocab_size of {config.vocab_size}")
+    wide = config.target_hidden_size
+    if wide is not None and wide != config.hidden_size and not config.own_embeddings:
+        raise ValueError(
+            f"hidden_size is {config.hidden_size} and the target's is {wide}; a draft of another width needs "
+            "embeddings of its own (own_embeddings)"
+        )
+
+
+def public_name(name_or_path: str | None) -> str | None:
     """A model's name; of a folder only its last part, since the rest belongs to this machine."""
     if name_or_path and os.path.isdir(name_or_path):
         return os.path.basename(os.path.abspath(name_or_path))
@@ -195,13 +291,13 @@ def _max_positions(text: PreTrainedConfig) -> int:
     return getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None) or 1 << 24
 
 
-def _rope_parameters(text: PreTrainedConfig) -> dict[str, Any]:
-    """The target's RoPE parameters, without kinds that depend on more than the position."""
+def rope_parameters(text: PreTrainedConfig) -> dict[str, Any]:
+    """A model's RoPE parameters, without kinds that depend on more than the position."""
     rope = dict(getattr(text, "rope_parameters", None) or {})
     if rope and "rope_type" not in rope:  # one set per layer type (Gemma 3): take the full-attention layers'
         rope = dict(rope.get("full_attention") or next(iter(rope.values())))
     rope.pop("partial_rotary_factor", None)
-    if rope.get("rope_type") in _ROPE_TYPES_KEPT:
+    if rope.get("rope_type") in ROPE_TYPES_KEPT:
         return {"rope_theta": 10000.0, **rope}
     return {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10000.0)}
 

@@ -60,7 +60,7 @@ class DraftSession:
 
         Args:
             tokens: (1, T) the tokens that follow the positions of `features`; the last one is the next root.
-            features: (1, T, h) the target's features, on the draft's device; None for a draft that reads none.
+            features: (1, T, f) the target's features, on the draft's device; None for a draft that reads none.
         """
         self._tokens = torch.cat((self._tokens, tokens), dim=1)
         if features is not None:
@@ -85,6 +85,7 @@ class DraftSession:
         self._tokens, self._features = tokens[:, :0], None
         # A wrapped LM is the caller's and may keep what it computes; inference tensors would trouble its training.
         with torch.inference_mode() if self._draft.reads_features else torch.no_grad():
+            features = None if features is None else self._draft.encode(features)
             if self._rounds is not None:
                 return self._rounds.grow(tokens, features, shape, shifts)
             hidden = self._steps.catch_up(tokens, features)

@@ -90,7 +90,7 @@ class FixedSteps:
         position: Tensor,
         sharpness: float,
     ) -> None:
-        self._sharpness = sharpness
+        self._sharpness, self.target_ids = sharpness, draft.target_ids
         self._draft, self._buffer, self._table, self._extent = draft, buffer, table, extent
         self._end, self._position = end, position
         self._least = torch.finfo(draft.dtype).min

@@ -24,7 +24,13 @@ scores (C,) float32 of all candidates found so far, and their depths (C,) int64 
 
 
 class Stepper(Protocol):
-    """Computes the rows of a tree's nodes behind the committed rows."""
+    """Computes the rows of a tree's nodes behind the committed rows.
+
+    Attributes:
+        target_ids: (V,) int64, the target's ids of the tokens that `logits` ranks; None: their places are the ids.
+    """
+
+    target_ids: Tensor | None
 
     def level(self, tokens: Tensor, hidden: Tensor, visible: Tensor) -> Tensor:
         """Compute a level's nodes.
@@ -51,6 +57,7 @@ def best_continuations(stepper: Stepper, hidden: Tensor, count: int) -> tuple[Te
     """Log-probabilities and tokens of the `count` likeliest continuations of each row, (T, count) each."""
     log_probs = stepper.logits(hidden)[0].log_softmax(dim=-1)
     values, tokens = log_probs.topk(min(count, log_probs.shape[-1]), dim=-1)
+    tokens = tokens if stepper.target_ids is None else stepper.target_ids[tokens]
     return values.nan_to_num(nan=float("-inf")), tokens  # an overflow costs acceptance, not the answer
 
 

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .attention import BranchingMask, why_not_branching
-from .blocks import DecoderBlock, DynamicGatingFusion, KeyValueStore, RotaryTable, Rotation, fold_mask
+from .blocks import KeyValueStore, RMSNorm, RotaryTable, Rotation, fold_mask, make_blocks, make_fusion
 from .cache import GrowingCache, num_cache_layers
 from .config import DovetailConfig, TreeShape
+from .formats import hub_options, read_config, read_published
 from .register import model_is_ready
 from .rows import Pool, RowBuffer
 from .weights import (
@@ -27,7 +28,6 @@ from .weights import (
     check_evaluating,
     check_finite,
     check_fits,
-    check_is_draft,
     check_loaded,
     save_tokenizer,
 )
@@ -51,7 +51,7 @@ class DovetailAssistantModel(PreTrainedModel):
     config_class = DovetailConfig
     base_model_prefix = "draft"
     main_input_name = "input_ids"
-    _no_split_modules = ["DecoderBlock"]
+    _no_split_modules = ["DecoderBlock", "PairBlock"]
     _supports_sdpa = True
     _supports_attention_backend = True
 
@@ -67,11 +67,23 @@ class DovetailAssistantModel(PreTrainedModel):
         if config.fusion == "none":
             self.lm = lm if lm is not None else AutoModelForCausalLM.from_config(_lm_config(config))
         else:
-            self.fusion = DynamicGatingFusion(config.hidden_size, config.rms_norm_eps)
-            self.layers = nn.ModuleList(DecoderBlock(config, i) for i in range(config.num_hidden_layers))
+            self.fusion, self.layers = make_fusion(config), make_blocks(config)
             self.rotary, self.pool = RotaryTable(config), Pool()
+            self._add_own_weights()
         if lm is None:
             self.post_init()
+
+    def _add_own_weights(self) -> None:
+        """What the draft does not share with its target."""
+        config = self.config
+        if config.own_embeddings:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            self.embed_tokens.weight.requires_grad_(False)  # as in all published training code
+        if config.fusion == "eagle3":
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size or config.vocab_size, bias=False)
+            if config.draft_vocab_size:
+                self.register_buffer("vocabulary", torch.full((config.draft_vocab_size,), -1))
 
     def _init_weights(self, module: nn.Module) -> None:
         """Weights that nothing has set yet are NaN, so that a draft that was never loaded cannot draft."""
@@ -99,6 +111,8 @@ class DovetailAssistantModel(PreTrainedModel):
             )
         draft = cls(config)
         draft.reset_parameters()
+        if config.fusion == "eagle3":
+            draft.lm_head.weight.data.copy_(target.get_output_embeddings().weight)
         draft.tokenizer_source = target.name_or_path
         return draft.to(target.dtype).eval()
 
@@ -122,7 +136,7 @@ class DovetailAssistantModel(PreTrainedModel):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start values for training: the feature passes through, the token enters by half."""
+        """Start values for training: the last feature passes the fusion, the token adds little (DGF: by half)."""
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
@@ -131,7 +145,10 @@ class DovetailAssistantModel(PreTrainedModel):
                 nn.init.zeros_(parameter)
             else:
                 nn.init.normal_(parameter, std=std)
-        nn.init.eye_(self.fusion.W_1)
+        if self.config.fusion == "dgf":
+            nn.init.eye_(self.fusion.W_1)
+        else:
+            nn.init.eye_(self.fusion.fc.weight[:, -self.config.hidden_size :])
 
     @property
     def tree(self) -> TreeShape | Literal["auto"]:
@@ -150,6 +167,11 @@ class DovetailAssistantModel(PreTrainedModel):
     def reads_features(self) -> bool:
         """Whether drafting needs the target's features."""
         return self.config.fusion != "none"
+
+    @property
+    def predicts_features(self) -> bool:
+        """Whether its hidden states imitate the target's features; EAGLE-3's are free."""
+        return self.config.fusion in ("dgf", "eagle")
 
     def meet(self, target: PreTrainedModel) -> torch.device:
         """Get ready to draft for `target`: go to `draft_device`, wherever a pipeline put the draft, and take the
@@ -173,8 +195,8 @@ class DovetailAssistantModel(PreTrainedModel):
         if self._shared is None:
             check_finite(self)
         self._place()
-        if self._shared is None or not self._shared.still_of(target, self.device, self.dtype):
-            self._shared = SharedWeights.of(target, self.device, self.dtype)
+        if self._shared is None or not self._shared.still_of(target, self.config, self.device, self.dtype):
+            self._shared = SharedWeights.of(target, self.config, self.device, self.dtype)
         return self.device
 
     def _place(self) -> None:
@@ -204,8 +226,17 @@ class DovetailAssistantModel(PreTrainedModel):
 
     def addresses(self) -> tuple:
         """Where all weights that drafting reads lie in memory, the target's included; graphs hold on to these."""
-        shared = (self._weights.embedding, self._weights.head, self._weights.bias)
-        return tuple((t.data_ptr(), t.dtype) for t in (*self.parameters(), *shared) if t is not None)
+        tensors = (*self.parameters(), *self.buffers(), *self._weights.tensors)
+        return tuple((t.data_ptr(), t.dtype) for t in tensors)
+
+    @property
+    def target_ids(self) -> Tensor | None:
+        """(draft_vocab_size,) int64: the target's ids of what `logits` ranks; None: the places are the ids."""
+        return self.vocabulary if self.config.draft_vocab_size else None
+
+    def encode(self, features: Tensor) -> Tensor:
+        """(B, T, f) features of the target -> (B, T, h), what `forward` reads: EAGLE-3 makes one of several."""
+        return self.fusion.encode(features) if self.config.fusion == "eagle3" else features
 
     def mask_builder(self) -> BranchingMask:
         """Builds the masks that `forward` takes."""
@@ -223,13 +254,14 @@ class DovetailAssistantModel(PreTrainedModel):
 
         Args:
             input_ids: (B, T) tokens t+1 (with `fusion="none"`: the tokens themselves).
-            features: (B, T, h) features of tokens t, the target's or the draft's own; None with `fusion="none"`.
+            features: (B, T, h) features of tokens t: the target's, through `encode`, or the draft's own; None with
+                `fusion="none"`.
             position_ids: (B, T); by default 0..T-1.
             attention_mask: from `mask_builder()`, or None for plain causal attention over these rows alone.
             past_key_values: a cache; with `fusion="none"` the session's.
 
         Returns:
-            (B, T, h): the predicted features, or the LM's hidden states; `logits` maps both to (B, T, V).
+            (B, T, h): the predicted features, or the LM's hidden states; `logits` maps both to the vocabulary.
         """
         rows = input_ids.shape[1]
         if position_ids is None:
@@ -264,17 +296,23 @@ class DovetailAssistantModel(PreTrainedModel):
             mask: (B or 1, 1, T, K) bool, or to be added, in the network's precision; None: all keys for all rows.
             store: earlier rows' keys and values.
         """
-        hidden = self.fusion(F.embedding(tokens, self._weights.embedding), features)
+        shared = self._weights.embedding
+        hidden = self.fusion(F.embedding(tokens, self.embed_tokens.weight if shared is None else shared), features)
         if mask is not None:
             mask = fold_mask(mask, self.config.num_attention_heads // self.config.num_key_value_heads)
         for layer in self.layers:
             hidden = layer(hidden, rotation, mask, store)
-        return hidden
+        return self.norm(hidden) if self.config.norm_output else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, V) float32 logits of (B, T, h) hidden states, through the target's LM head."""
+        """(B, T, V) float32 logits of (B, T, h) hidden states, through the target's LM head.
+
+        EAGLE-3 has a norm and a head of its own, which ranks the tokens of `target_ids`.
+        """
         if self.config.fusion == "none":
             logits = self.lm.get_output_embeddings()(hidden).float()
+        elif self.config.fusion == "eagle3":
+            logits = self.lm_head(hidden if self.config.norm_output else self.norm(hidden)).float()
         else:
             logits = F.linear(hidden, self._weights.head, self._weights.bias).float()
         scale, cap = self.config.logit_scale, self.config.final_logit_softcapping
@@ -295,27 +333,39 @@ class DovetailAssistantModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Load a draft strictly: every weight is there, has its shape and is finite.
 
+        It may be a draft of this package, a published one (`formats.FORMATS`), or an ordinary small language model,
+        which then drafts as `from_causal_lm` lets it.
+
         Raises:
-            ValueError: naming the weights that are missing, left over, misshapen or not finite.
+            ValueError: naming the weights that are missing, left over, misshapen or not finite, or what else is wrong.
             OSError: if the checkpoint's file is damaged.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
-        check_is_draft(str(pretrained_model_name_or_path), kwargs)
-        try:
-            draft, info = super().from_pretrained(
-                pretrained_model_name_or_path,
-                *args,
-                output_loading_info=True,
-                **{**kwargs, "ignore_mismatched_sizes": True},
-            )
-        except SafetensorError as error:
-            raise OSError(
-                f"the weights in {pretrained_model_name_or_path} are damaged ({error}); copy or download them again"
-            ) from error
-        check_loaded(info, str(pretrained_model_name_or_path))
-        check_finite(draft)
-        draft.eval()
+        source, wants_info = str(pretrained_model_name_or_path), kwargs.pop("output_loading_info", False)
+        place = hub_options(kwargs)
+        saved = read_config(source, place)
+        if saved.get("model_type") == DovetailConfig.model_type:
+            draft, info = cls._load(source, source, *args, **kwargs)
+        elif published := read_published(source, saved, place):
+            config, state = published
+            rest = {name: value for name, value in kwargs.items() if name not in place}
+            draft, info = cls._load(source, None, *args, config=config, state_dict=state, **rest)
+        else:
+            lm, info = AutoModelForCausalLM.from_pretrained(source, *args, output_loading_info=True, **kwargs)
+            check_loaded(info, source)
+            draft = cls.from_causal_lm(lm.eval())
         return (draft, info) if wants_info else draft
+
+    @classmethod
+    def _load(cls, name: str, *args: Any, **kwargs: Any) -> tuple[DovetailAssistantModel, dict]:
+        """transformers' own loading, strict; `name` is what errors call the checkpoint."""
+        options = {**kwargs, "ignore_mismatched_sizes": True}
+        try:
+            draft, info = super().from_pretrained(*args, output_loading_info=True, **options)
+        except SafetensorError as error:
+            raise OSError(f"the weights in {name} are damaged ({error}); copy or download them again") from error
+        check_loaded(info, name)
+        check_finite(draft)
+        return draft.eval(), info
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any

@@ -27,7 +27,7 @@ from .modeling import DovetailAssistantModel
 from .stats import GenerationStats
 from .target import Context, FeatureTap, open_target
 from .threads import target_threads
-from .weights import check_fits
+from .weights import check_fits, feature_layers
 
 logger = logging.get_logger(__name__)
 
@@ -58,6 +58,7 @@ class DovetailCandidateGenerator(CandidateGenerator):
     ) -> None:
         self.draft, self.device = draft, draft.meet(target)
         self.reads_features = draft.reads_features
+        self.feature_layers = feature_layers(draft.config, target.config)
         self.model_kwargs_overrides = {"output_hidden_states": True} if self.reads_features else {}
         self.session = DraftSession(draft, capacity, sharpness=sharpness)
         self._known = 0  # tokens of `input_ids` that the session has; for the stock loop
@@ -68,7 +69,7 @@ class DovetailCandidateGenerator(CandidateGenerator):
         self.session.begin(first, start)
 
     def commit(self, tokens: Tensor, features: Tensor | None) -> None:
-        """Add certain tokens (1, T) and the features (1, T, h) of the positions before them."""
+        """Add certain tokens (1, T) and the features (1, T, f) of the positions before them."""
         self.session.commit(tokens, features)
 
     def propose(
@@ -118,9 +119,10 @@ class DovetailCandidateGenerator(CandidateGenerator):
             self.begin(input_ids[:, first : first + 1].to(self.device), first)
             self._known = first + 1
         tokens = input_ids[:, self._known :].to(self.device)
-        features = (
-            model_outputs.hidden_states[-1][:, : tokens.shape[1]].to(self.device) if self.reads_features else None
-        )
+        features = None
+        if self.reads_features:
+            states = [model_outputs.hidden_states[layer][:, : tokens.shape[1]] for layer in self.feature_layers]
+            features = torch.cat([each.to(self.device) for each in states], dim=-1)
         self.commit(tokens, features)
         self._known = input_ids.shape[1]
         tree = self.draft.tree
@@ -269,7 +271,7 @@ def dovetail_decoding(
     def prefill(cache: Any) -> Any:
         return target._prefill(input_ids, generation_config, {**model_kwargs, "past_key_values": cache})
 
-    tap = FeatureTap(target, drafter.reads_features and nodes > 0)
+    tap = FeatureTap(target, drafter.reads_features and nodes > 0, drafter.feature_layers)
     verifier = open_target(target, context, tap, nodes)
     try:
         with target_threads(), verifier:

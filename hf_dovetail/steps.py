@@ -31,6 +31,7 @@ class FusionSteps:
 
     def __init__(self, draft: DovetailAssistantModel, buffer: RowBuffer, sharpness: float = 1.0) -> None:
         self._draft, self.buffer, self._sharpness = draft, buffer, sharpness
+        self.target_ids = draft.target_ids
         self.start = self.held = 0
         self._tree = self._level = 0  # rows and levels of the tree so far
         self._least = torch.finfo(draft.dtype).min
@@ -87,6 +88,7 @@ class LanguageModelSteps:
 
     def __init__(self, draft: DovetailAssistantModel, capacity: int, sharpness: float = 1.0) -> None:
         self._draft, self._device, self._sharpness = draft, draft.device, sharpness
+        self.target_ids = draft.target_ids
         self.cache, self._mask = draft.new_cache(capacity), draft.mask_builder()
         self.start = self.held = self._level = 0
         self._slots = torch.arange(0, device=self._device)  # (R,) in the sequence, of the tree's rows so far

@@ -7,14 +7,15 @@ its last token. Knows models and caches; knows nothing of drafts, sampling or ge
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -31,7 +32,7 @@ class TargetOutput:
 
     Args:
         logits: (B, T, V) in the model's precision; after `prefill` of the last position only (T = 1).
-        features: (B, T, h) the LM head's inputs of every row, or None when they are not tapped.
+        features: (B, T, f) what `FeatureTap` takes of every row (the LM head's inputs: f = h), or None.
     """
 
     logits: Tensor
@@ -65,32 +66,75 @@ class Context:
 
 
 class FeatureTap:
-    """Runs forward passes and takes the decoder's last hidden states, the LM head's inputs, on the way.
+    """Runs forward passes and takes hidden states on the way: the LM head's inputs, or the inputs of some layers.
 
-    The hook is there during a pass only: a logits processor may run the model too (classifier-free guidance).
+    The hooks are there during a pass only: a logits processor may run the model too (classifier-free guidance).
+
+    Args:
+        model: the target.
+        enabled: whether to take anything.
+        layers: -1 for the decoder's last hidden states, the LM head's inputs; i for the inputs of layer i, which is
+            transformers' `hidden_states[i]`. Those of several layers stand side by side, in this order.
+
+    Raises:
+        ValueError: if the model does not say which part is its decoder, or what its layers are.
     """
 
-    def __init__(self, model: PreTrainedModel, enabled: bool) -> None:
-        self._decoder, self._enabled = model.get_decoder(), enabled
-        if enabled and self._decoder is model:
+    def __init__(self, model: PreTrainedModel, enabled: bool, layers: Sequence[int] = (-1,)) -> None:
+        self._enabled, self._places = enabled, list(layers)
+        decoder = model.get_decoder()
+        if enabled and decoder is model:
             raise ValueError(f"{type(model).__name__} does not say which part is its decoder (get_decoder)")
+        inner = _layers(model, decoder) if enabled and max(layers) >= 0 else []
+        self._modules = [decoder if layer < 0 else inner[layer] for layer in layers]
 
     def __call__(self, forward: Callable[[], Any]) -> tuple[Any, Tensor | None]:
-        """The pass's output, and (B, T, h) features of all its rows (several decoder passes, if it is chunked)."""
+        """The pass's output, and features of all its rows (several decoder passes, if it is chunked).
+
+        The features are (B, T, n * h), those of n layers side by side.
+        """
         if not self._enabled:
             return forward(), None
-        taken: list[Tensor] = []
-        owner = get_ident()
+        taken: list[list[Tensor]] = [[] for _ in self._places]
+        with ExitStack() as hooks:
+            for module, place, into in zip(self._modules, self._places, taken, strict=True):
+                hooks.callback(_hook(module, place, into).remove)
+            output = forward()
+        layers = [_joined(parts, dim=1) for parts in taken]
+        return output, _joined([layer.to(layers[-1].device) for layer in layers], dim=-1)  # a target may be spread
 
-        def take(module: object, inputs: object, output: Any) -> None:
-            if get_ident() == owner:  # other threads may run the same model
-                taken.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
 
-        handle = self._decoder.register_forward_hook(take)
-        try:
-            return forward(), torch.cat(taken, dim=1)
-        finally:
-            handle.remove()
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
+
+
+def _hook(module: nn.Module, layer: int, into: list[Tensor]) -> RemovableHandle:
+    """Append what `FeatureTap` takes of `module` in every pass of this thread to `into`."""
+    owner = get_ident()
+
+    def take(states: Tensor) -> None:
+        if get_ident() == owner:  # other threads may run the same model
+            into.append(states)
+
+    if layer < 0:
+        return module.register_forward_hook(
+            lambda _, inputs, output: take(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+        )
+    return module.register_forward_pre_hook(
+        lambda _, inputs, named: take(inputs[0] if inputs else named["hidden_states"]), with_kwargs=True
+    )
+
+
+def _layers(model: PreTrainedModel, decoder: nn.Module) -> nn.ModuleList:
+    """The decoder's layers: its list of as many modules as the configuration says."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    for child in decoder.children():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            return child
+    raise ValueError(
+        f"{type(model).__name__} keeps its {count} layers in no list of the decoder, so a draft that reads their "
+        "inputs (EAGLE-3) cannot draft for it; use a draft that reads the LM head's inputs"
+    )
 
 
 class Target(AbstractContextManager):

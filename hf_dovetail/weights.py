@@ -9,44 +9,56 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .config import DovetailConfig
+from .config import DovetailConfig, eagle3_layers
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class SharedWeights:
-    """The target's embeddings and LM head, on the draft's device and in its precision.
+    """What a draft takes from its target: embeddings and LM head, on the draft's device and in its precision.
 
     Args:
-        embedding: (V, h). head: (V, h), the same tensor where the target ties them. bias: (V,) or None.
+        embedding: (V, h). head: (V, h), the same tensor where the target ties them. Each is None where the draft has
+            its own.
+        bias: (V,) of the head, or None.
         sources: the target's own tensors (weakly) and their versions, to notice another or a changed target.
 
     The draft keeps them until it meets another target.
     """
 
-    embedding: Tensor
-    head: Tensor
+    embedding: Tensor | None
+    head: Tensor | None
     bias: Tensor | None
     sources: tuple[tuple[weakref.ref, int], ...]
 
     @classmethod
     @torch.inference_mode(False)
-    def of(cls, target: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> SharedWeights:
+    def of(
+        cls, target: PreTrainedModel, config: DovetailConfig, device: torch.device, dtype: torch.dtype
+    ) -> SharedWeights:
         """Share where device and precision agree, copy where they do not."""
-        sources = _shared_tensors(target)
-        copies = {id(t): t.detach().to(device=device, dtype=dtype) for t in sources}
-        embedding, head, *bias = (copies[id(t)] for t in sources)
-        return cls(embedding, head, bias[0] if bias else None, tuple((weakref.ref(t), _version(t)) for t in sources))
+        sources = _shared_tensors(target, config)
+        copies = {id(t): t.detach().to(device=device, dtype=dtype) for t in sources.values()}
+        parts = {name: copies[id(t)] for name, t in sources.items()}
+        references = tuple((weakref.ref(t), _version(t)) for t in sources.values())
+        return cls(parts.get("embedding"), parts.get("head"), parts.get("bias"), references)
 
-    def still_of(self, target: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> bool:
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is shared."""
+        return [t for t in (self.embedding, self.head, self.bias) if t is not None]
+
+    def still_of(
+        self, target: PreTrainedModel, config: DovetailConfig, device: torch.device, dtype: torch.dtype
+    ) -> bool:
         """Whether these are still the weights of `target`, on this device and in this precision."""
-        tensors = _shared_tensors(target)
+        tensors = _shared_tensors(target, config).values()
         return (
-            (self.head.device, self.head.dtype) == (device, dtype)
+            all((t.device, t.dtype) == (device, dtype) for t in self.tensors)
             and len(tensors) == len(self.sources)
             and all(ref() is t and v == _version(t) for t, (ref, v) in zip(tensors, self.sources, strict=True))
         )
@@ -57,14 +69,20 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _shared_tensors(target: PreTrainedModel) -> list[Tensor]:
-    """The target's embedding matrix, LM head matrix and LM head bias, if it has one."""
-    head = target.get_output_embeddings()
-    if head is None or getattr(head, "weight", None) is None:
-        raise ValueError(f"{type(target).__name__} has no LM head with a weight matrix, which the draft would share")
-    tensors = [target.get_input_embeddings().weight, head.weight]
-    bias = getattr(head, "bias", None)
-    return tensors if bias is None else [*tensors, bias]
+def _shared_tensors(target: PreTrainedModel, config: DovetailConfig) -> dict[str, Tensor]:
+    """The target's embedding matrix, LM head matrix and LM head bias, those that are there and that the draft lacks."""
+    tensors = {}
+    if not config.own_embeddings:
+        tensors["embedding"] = target.get_input_embeddings().weight
+    if config.fusion != "eagle3":  # which has a head of its own
+        head = target.get_output_embeddings()
+        if head is None or getattr(head, "weight", None) is None:
+            raise ValueError(
+                f"{type(target).__name__} has no LM head with a weight matrix, which the draft would share"
+            )
+        bias = getattr(head, "bias", None)
+        tensors |= {"head": head.weight} if bias is None else {"head": head.weight, "bias": bias}
+    return tensors
 
 
 def check_fits(config: DovetailConfig, target: PreTrainedModel) -> None:
@@ -73,20 +91,45 @@ def check_fits(config: DovetailConfig, target: PreTrainedModel) -> None:
     Raises:
         ValueError: naming what differs, with both values.
     """
-    if target.config.is_encoder_decoder:
-        raise ValueError(f"{type(target).__name__} is an encoder-decoder; Dovetail drafts for decoder-only targets")
-    text = target.config.get_text_config(decoder=True)
+    check_fits_config(config, target.config, type(target).__name__)
+
+
+def check_fits_config(config: DovetailConfig, target: PreTrainedConfig, name: str) -> None:
+    """Refuse a target that the draft was not made for, by its configuration; `name` is what errors call it.
+
+    Raises:
+        ValueError: naming what differs, with both values.
+    """
+    if target.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder; Dovetail drafts for decoder-only targets")
+    text = target.get_text_config(decoder=True)
     pairs = [("vocab_size", config.vocab_size, text.vocab_size)]
     if config.fusion != "none":
-        pairs.append(("hidden_size", config.hidden_size, text.hidden_size))
+        pairs.append(("hidden_size", config.target_hidden_size or config.hidden_size, text.hidden_size))
         pairs.append(("model type", config.target_type or text.model_type, text.model_type))
-    for name, made_for, found in pairs:
+    for what, made_for, found in pairs:
         if made_for != found:
             raise ValueError(
-                f"this draft does not fit the target: the draft was made for {name} {made_for}, the target "
-                f"{type(target).__name__} has {found}; use the draft of this target, or train one with "
+                f"this draft does not fit the target: the draft was made for {what} {made_for}, the target "
+                f"{name} has {found}; use the draft of this target, or train one with "
                 "DovetailAssistantModel.from_target"
             )
+    if max(feature_layers(config, target), default=0) >= text.num_hidden_layers:
+        raise ValueError(
+            f"this draft does not fit the target: it reads the inputs of layers {config.feature_layers}, the target "
+            f"{name} has {text.num_hidden_layers} layers, numbered from 0; use the draft of this target"
+        )
+
+
+def feature_layers(config: DovetailConfig, target: PreTrainedConfig) -> tuple[int, ...]:
+    """The target's hidden states that a draft reads, as `DovetailConfig.feature_layers` numbers them.
+
+    Raises:
+        ValueError: if the draft leaves the choice to EAGLE-3's rule and the target has too few layers for it.
+    """
+    if config.feature_layers is None:
+        return tuple(eagle3_layers(target.get_text_config(decoder=True).num_hidden_layers))
+    return tuple(config.feature_layers)
 
 
 def check_evaluating(lm: nn.Module) -> None:
@@ -134,21 +177,6 @@ def check_loaded(info: dict[str, Any], source: str) -> None:
     ]
     if problems:
         raise ValueError(f"the weights in {source} are not those of this draft; " + "; ".join(problems))
-
-
-def check_is_draft(source: str, options: dict[str, Any]) -> None:
-    """Refuse a checkpoint of another kind of model, by its configuration.
-
-    Raises:
-        ValueError: naming the model type that was found.
-    """
-    names = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
-    found, _ = DovetailConfig.get_config_dict(source, **{name: options[name] for name in names if name in options})
-    if found.get("model_type") != DovetailConfig.model_type:
-        raise ValueError(
-            f"{source} is not a Dovetail draft: its model_type is {found.get('model_type')!r}; "
-            "an ordinary language model drafts through DovetailAssistantModel.from_causal_lm(lm)"
-        )
 
 
 def save_tokenizer(source: str | None, directory: str | os.PathLike) -> None:

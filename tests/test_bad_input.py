@@ -306,7 +306,7 @@ def test_a_target_without_an_lm_head_matrix_is_refused(
 def test_configurations_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="num_hidden_layers is 9; a draft has 1 to 6 blocks"):
         DovetailConfig(num_hidden_layers=9)
-    with pytest.raises(ValueError, match=r"'mean'.*dgf, none"):
+    with pytest.raises(ValueError, match=r"'mean'.*dgf, eagle, eagle3, none"):
         DovetailConfig(fusion="mean")
     with pytest.raises(ValueError, match="causal_lm"):
         DovetailAssistantModel(DovetailConfig(fusion="none"))

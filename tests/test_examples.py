@@ -70,7 +70,7 @@ def test_bad_use_ends_with_one_clear_line(tmp_path: Path) -> None:
     cases = [
         (("demo", "--repeats", "0"), "--repeats is 0"),
         (("demo", "--prompt", ""), "the prompt is empty"),
-        (("generate", "--target", pair, "--draft", pair, "x"), "is not a Dovetail draft: its model_type is 'llama'"),
+        (("generate", "--target", pair, "--draft", str(tmp_path), "x"), "holds no config.json"),
         (("generate", "--target", "/no/such/folder", "--draft", pair, "x"), "there is no folder /no/such/folder"),
         (("train", "--target", pair, "--data", str(short), "--out", str(tmp_path)), "at least one window of 256"),
         (("train", "--target", str(pair_path("target")), "--data", str(broken), "--out", str(tmp_path)), "line 2"),

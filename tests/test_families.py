@@ -93,6 +93,19 @@ def open_tree(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -
     return target, target.prefill(lambda own: model(past_key_values=own, **inputs))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "lfm2", "bloom"])
+def test_inner_layers_are_tapped_where_transformers_shows_them(family: str) -> None:
+    """Guards drafts that read several layers: the inputs of layer i are `hidden_states[i]`, in every family."""
+    model, ids = tiny.build(family), tiny.prompt()
+    expected = model(ids, output_hidden_states=True).hidden_states
+    output, found = FeatureTap(model, True, (1, 0, -1))(lambda: model(ids))
+    torch.testing.assert_close(found, torch.cat([expected[layer] for layer in (1, 0, -1)], dim=-1))
+    assert not torch.allclose(*(found.chunk(3, dim=-1)[:2]), atol=1e-3)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    torch.testing.assert_close(output.logits, model(ids).logits)
+
+
 def random_tree(root: int, seed: int) -> DraftTree:
     rng = random.Random(seed)
     parents = [-1, *(rng.randrange(max(0, node - 3), node) for node in range(1, 14))]

@@ -1,9 +1,12 @@
 """The real setting: draft on the accelerator, target on the CPU. Skipped where there is no accelerator."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
+from published import CASES, Reference
 from transformers import pipeline
 
 from hf_dovetail import DovetailAssistantModel, TreeShape, graphs
@@ -102,6 +105,22 @@ def test_graphs_grow_the_trees_of_eager_rounds_and_are_reused() -> None:
     target = load_pair()[0]
     draft.meet(target)
     assert_close(trees(draft, ids.cpu(), features.cpu()), eager)
+
+
+@pytest.mark.parametrize("name", ["eagle-vicuna", "eagle3", "speculators-new"])
+def test_published_kinds_grow_the_trees_that_they_grow_on_the_cpu(name: str, tmp_path: Path) -> None:
+    """Guards reduced vocabularies and inner layers in fixed shapes and graphs."""
+    case = CASES[name]
+    target, ids = case.target(), tiny.prompt(120)
+    with torch.no_grad():
+        features = Reference(case, target).features(ids)
+    draft = DovetailAssistantModel.from_pretrained(case.write(tmp_path))
+    device = draft.meet(target)
+    found = trees(draft, ids.to(device), features.to(device))
+    draft.draft_device = "cpu"
+    draft.meet(target)
+    assert_close(found, trees(draft, ids, features))
+    assert not torch.equal(found[0], found[-1])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need CUDA")

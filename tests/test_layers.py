@@ -9,8 +9,20 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "hf_dovetail"
 LAYERS = (
-    ("config", "tree", "register", "recipe", "packed", "grouped", "threads", "curves", "acceptance", "rows"),
-    ("accept", "cache", "attention", "engines", "weights", "blocks", "levels", "costs"),
+    (
+        "config",
+        "tree",
+        "register",
+        "recipe",
+        "packed",
+        "grouped",
+        "threads",
+        "curves",
+        "acceptance",
+        "rows",
+        "checkpoint",
+    ),
+    ("accept", "cache", "attention", "engines", "weights", "blocks", "levels", "costs", "formats"),
     ("modeling", "probe", "controller", "stats"),
     ("steps", "target", "learned"),
     ("graphs",),
@@ -18,9 +30,9 @@ LAYERS = (
     ("drafting",),
     ("decode",),
     ("plugin",),
-    ("calibrate", "train"),
+    ("calibrate", "train", "convert"),
     ("demo",),
-    ("bench", "calibrate_command"),
+    ("bench", "calibrate_command", "train_command"),
     ("cli",),
 )
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}

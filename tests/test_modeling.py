@@ -113,7 +113,7 @@ def test_the_number_of_blocks_is_checked(blocks: int, llama: PreTrainedModel) ->
 
 
 def test_unknown_fusions_are_refused(llama: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match=r"'sum'.*dgf, none"):
+    with pytest.raises(ValueError, match=r"'sum'.*dgf, eagle, eagle3, none"):
         DovetailAssistantModel.from_target(llama, fusion="sum")
     with pytest.raises(ValueError, match="from_causal_lm"):
         DovetailAssistantModel.from_target(llama, fusion="none")

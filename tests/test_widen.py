@@ -152,3 +152,8 @@ def test_other_models_and_drafts_are_refused(pair: tuple, wide: LlamaForCausalLM
         widen_draft(lm_draft, wide)
     with pytest.raises(ValueError, match="as it is"):
         map_draft(lm_draft, small, wide)
+    eagle3 = DovetailAssistantModel.from_target(small, fusion="eagle3")
+    with pytest.raises(ValueError, match="only 'dgf' can be widened"):
+        widen_draft(eagle3, wide)
+    with pytest.raises(ValueError, match="inner layers of its target"):
+        map_draft(eagle3, small, wide)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from ..config import TreeShape
 from ..draft import DraftSession
 from ..modeling import DovetailAssistantModel
 from ..target import Context, FeatureTap, Target, open_target
+from ..weights import feature_layers
 from .machine import median_ms
 
 _ACCEPTED = 4
@@ -48,7 +50,8 @@ def draft_ms(
     """Median wall time of a draft's round: take 4 more tokens of (1, n) `text`, grow a tree, bring it to the host."""
     device = draft.meet(model)
     session = DraftSession(draft, text.shape[1] + shape.nodes)
-    target, features = _prefilled(model, text, 1)
+    layers = feature_layers(draft.config, model.config) if draft.reads_features else (-1,)
+    target, features = _prefilled(model, text, 1, layers)
     start = text.shape[1] - 1 - _ACCEPTED * (repeats + 1)
     if start < 1:
         raise ValueError(f"{repeats} repeats need a text of more than {text.shape[1]} tokens")
@@ -95,11 +98,13 @@ def _stored_bytes(module: nn.Module | None, shape: tuple[int, int], dtype: torch
     return kernel.stored_bytes
 
 
-def _prefilled(model: PreTrainedModel, text: Tensor, nodes: int) -> tuple[Target, Tensor]:
-    """A verifier that has read (1, n) `text`, and its features (1, n, h)."""
+def _prefilled(
+    model: PreTrainedModel, text: Tensor, nodes: int, layers: Sequence[int] = (-1,)
+) -> tuple[Target, Tensor]:
+    """A verifier that has read (1, n) `text`, and its features (1, n, f) of these layers (see `FeatureTap`)."""
     length = text.shape[1]
     positions = torch.arange(length).unsqueeze(0)
     given = Context(DynamicCache(config=model.config), None, positions, length, length + nodes)
-    target = open_target(model, given, FeatureTap(model, True), nodes)
+    target = open_target(model, given, FeatureTap(model, True, layers), nodes)
     output = target.prefill(lambda cache: model(input_ids=text, past_key_values=cache, logits_to_keep=1))
     return target, output.features

@@ -103,10 +103,12 @@ def widen_draft(draft: DovetailAssistantModel, wide: PreTrainedModel) -> Dovetai
     """The draft itself in the geometry of a widened target: it proposes the same trees at a wide draft's cost.
 
     Raises:
-        ValueError: if the draft is a causal LM, which has no geometry of the target's.
+        ValueError: if the draft is of another kind than DGF.
     """
     if not draft.reads_features:
         raise ValueError("this draft wraps a causal LM, which does not read the target's features; nothing to widen")
+    if draft.config.fusion != "dgf":
+        raise ValueError(f"this draft has fusion {draft.config.fusion!r}; only 'dgf' can be widened with its target")
     text, small = wide.config, draft.config
     geometry = Geometry(
         text.hidden_size,
@@ -167,6 +169,8 @@ def map_draft(draft: DovetailAssistantModel, small: PreTrainedModel, wide: PreTr
     """
     if not draft.reads_features:
         raise ValueError("this draft wraps a causal LM: it reads no features, and drafts for the wide target as it is")
+    if not draft.predicts_features:
+        raise ValueError("an EAGLE-3 draft reads inner layers of its target, which are not mapped; use another draft")
     check_fits(draft.config, small)
     mapped = copy.deepcopy(draft)
     mapped.__class__ = MappedDraft

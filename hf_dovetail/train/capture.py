@@ -1,0 +1,171 @@
+"""The target's features over the training text, captured once and kept in shards on disk.
+
+A folder holds `manifest.json` (which target, which text), `shard-00000.safetensors` ... (ids, features in bfloat16,
+what counts), and what a draft shares with its target, so that training needs the target's layers no more. A shard is
+there whole or not at all; a run that was killed makes those that are missing; of n processes each makes every n-th.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ..config import describe_target
+from ..modeling import DovetailAssistantModel
+from .features import Batch, capture, fingerprint, text_facts
+from .files import check_facts, write_whole
+from .text import Windows
+
+MANIFEST, SHARED = "manifest.json", "shared.safetensors"
+_OPEN_SHARDS = 32
+
+
+def capture_features(
+    target: PreTrainedModel, windows: Windows, folder: Path, shard_windows: int = 256, batch: int = 8
+) -> None:
+    """Capture the features of all windows to `folder`; shards that are there are kept.
+
+    Under `accelerate launch` each process makes its own shards on its own device.
+
+    Args:
+        target: in any precision; it is moved to the process's device, and stays there.
+        windows: of the training text.
+        folder: for the shards, about `2 * hidden_size + 5` bytes per token.
+        shard_windows: windows per shard. batch: windows per forward pass.
+
+    Raises:
+        ValueError: if `folder` holds the features of another target or text.
+        OSError: if a shard cannot be written; those before are kept.
+    """
+    state, folder = PartialState(), Path(folder)
+    facts = {
+        "target": fingerprint(target),
+        "text": text_facts(windows),
+        "target_name": describe_target(target.config)["target_name"],
+        "shard_windows": shard_windows,
+        "hidden_size": target.config.get_text_config(decoder=True).hidden_size,
+    }
+    target.to(state.device).eval()
+    with state.main_process_first():
+        _open_folder(target, folder, facts)
+    count = -(-len(windows) // shard_windows)
+    mine = [i for i in range(state.process_index, count, state.num_processes) if not shard_path(folder, i).exists()]
+    for index in tqdm(mine, desc="capturing features", unit="shard", disable=not state.is_main_process):
+        part = slice(index * shard_windows, (index + 1) * shard_windows)
+        tensors = _shard(target, windows, part, batch)
+        write_whole(shard_path(folder, index), lambda path, tensors=tensors: save_file(tensors, path), "a shard")
+    state.wait_for_everyone()
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    """Name of a shard."""
+    return folder / f"shard-{index:05d}.safetensors"
+
+
+def _open_folder(target: PreTrainedModel, folder: Path, facts: dict[str, Any]) -> None:
+    """Write the manifest of a new folder, or compare it."""
+    manifest = folder / MANIFEST
+    if manifest.exists():
+        check_facts(facts, json.loads(manifest.read_text()), folder)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    target.config.save_pretrained(folder)
+    shared = {"embedding": target.get_input_embeddings().weight, "head": target.get_output_embeddings().weight}
+    bias = getattr(target.get_output_embeddings(), "bias", None)
+    shared |= {} if bias is None else {"bias": bias}
+    tied = shared["embedding"] is shared["head"]
+    tensors = {name: t.detach().cpu().contiguous() for name, t in shared.items() if not (tied and name == "head")}
+    write_whole(folder / SHARED, lambda path: save_file(tensors, path), "the target's embeddings and LM head")
+    write_whole(manifest, lambda path: path.write_text(json.dumps(facts, indent=1) + "\n"), "the manifest")
+
+
+def _shard(target: PreTrainedModel, windows: Windows, part: slice, batch: int) -> dict[str, Tensor]:
+    """A shard's tensors: ids (n, W) int32, features (n, W, h) bfloat16, and counted (n, W) bool, if not all count."""
+    ids = windows.ids[part]
+    features = [
+        capture(target, rows.long().to(target.device))[0].to("cpu", torch.bfloat16) for rows in ids.split(batch)
+    ]
+    tensors = {"ids": ids.int().contiguous(), "features": torch.cat(features)}
+    return tensors if windows.counted is None else {**tensors, "counted": windows.counted[part].contiguous()}
+
+
+class StoredFeatures:
+    """Captured features, read as they are needed.
+
+    Args:
+        folder: of `capture_features`.
+        target: the target, if it is at hand (for validation); else a stand-in takes its place.
+
+    Raises:
+        ValueError: if shards are missing, or they are another target's.
+    """
+
+    def __init__(self, folder: Path, target: PreTrainedModel | None = None) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / MANIFEST).exists():
+            raise ValueError(f"{folder} holds no captured features; make them with hf-dovetail capture")
+        self.facts = json.loads((self.folder / MANIFEST).read_text())
+        if target is not None:
+            check_facts({"target": fingerprint(target)}, self.facts, self.folder)
+        self._count, self.window = self.facts["text"]["windows"]
+        shards = range(-(-self._count // self.facts["shard_windows"]))
+        missing = [i for i in shards if not shard_path(self.folder, i).exists()]
+        if missing:
+            raise ValueError(
+                f"{folder} lacks {len(missing)} of {len(shards)} shards, the first is {missing[0]}; run hf-dovetail "
+                "capture again, it makes those that are missing"
+            )
+        self._open = lru_cache(_OPEN_SHARDS)(partial(safe_open, framework="pt"))
+        self.target = target if target is not None else _stand_in(self.folder, self.facts["target_name"])
+        self.counted = None
+        if "counted" in self.facts["text"]:
+            self.counted = torch.cat([load_file(shard_path(self.folder, i))["counted"] for i in shards])
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batch(self, rows: Tensor, length: int, draft: DovetailAssistantModel) -> Batch:
+        """Windows `rows` from the shards; the target's logits are its LM head's of the features.
+
+        Raises:
+            ValueError: if the draft reads inner layers of the target, which are not captured.
+        """
+        if not draft.predicts_features:
+            raise ValueError(
+                f"captured features are the LM head's inputs, but a draft with fusion {draft.config.fusion!r} reads "
+                "inner layers of its target; train it on text (--target and --data)"
+            )
+        read = [self._window(int(row), length) for row in rows]
+        ids = torch.stack([ids for ids, _ in read]).long().to(draft.device)
+        features = torch.stack([features for _, features in read]).to(draft.device, draft.dtype)
+        with torch.no_grad():
+            return Batch(ids, features, draft.logits(features))
+
+    def _window(self, row: int, length: int) -> tuple[Tensor, Tensor]:
+        index, within = divmod(row, self.facts["shard_windows"])
+        shard = self._open(shard_path(self.folder, index))
+        return tuple(shard.get_slice(name)[within, :length] for name in ("ids", "features"))
+
+
+def _stand_in(folder: Path, name: str | None) -> PreTrainedModel:
+    """A model of the target's class whose embeddings and LM head are real, and whose layers have no storage."""
+    config = AutoConfig.from_pretrained(folder)
+    config.name_or_path = name or ""
+    with torch.device("meta"):
+        target = AutoModelForCausalLM.from_config(config)
+    shared = {key: nn.Parameter(t, requires_grad=False) for key, t in load_file(folder / SHARED).items()}
+    target.get_input_embeddings().weight = shared["embedding"]
+    target.get_output_embeddings().weight = shared.get("head", shared["embedding"])
+    if "bias" in shared:
+        target.get_output_embeddings().bias = shared["bias"]
+    return target.eval()

@@ -1,0 +1,107 @@
+"""A run that can be killed at any time: its place in the data, its best draft, and its checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers.utils import logging
+
+from ..modeling import DovetailAssistantModel
+from ..recipe import Recipe
+from .features import Source
+from .files import check_facts, remove, whole, write_whole
+
+logger = logging.get_logger(__name__)
+
+_DRAFT_FACTS = ("fusion", "num_hidden_layers", "hidden_size", "intermediate_size", "target_type", "vocab_size")
+
+
+@dataclass
+class Progress:
+    """How far a run is; saved with weights and optimizers.
+
+    Attributes:
+        step: finished steps.
+        generator: of data order and noise.
+        best: most tokens per round in a validation so far; 0 before the first.
+        since_best: validations since then.
+    """
+
+    step: int
+    generator: torch.Generator
+    best: float = 0.0
+    since_best: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """For accelerate's checkpoints."""
+        state = self.generator.get_state()
+        return {"step": self.step, "generator": state, "best": self.best, "since_best": self.since_best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved place."""
+        self.step, self.best, self.since_best = state["step"], state["best"], state["since_best"]
+        self.generator.set_state(state["generator"])
+
+    def note(self, tokens_per_round: float) -> bool:
+        """Note a validation; whether it is the best so far."""
+        better = tokens_per_round > self.best
+        self.best = max(self.best, tokens_per_round)
+        self.since_best = 0 if better else self.since_best + 1
+        return better
+
+
+class Checkpoint:
+    """The folder of a run's last state.
+
+    Args:
+        folder: of the run.
+        facts: what a resumed run must have in common with the first (see `facts_of`).
+    """
+
+    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+        self.path, self._facts = folder / "checkpoint", facts
+
+    def save(self, accelerator: Accelerator) -> None:
+        """Write weights, optimizers and progress; an interruption leaves the checkpoint before.
+
+        Raises:
+            OSError: if there is no room for it; the checkpoint before is intact.
+        """
+
+        def write(fresh: Path) -> None:
+            accelerator.save_state(str(fresh))
+            if accelerator.is_main_process:
+                (fresh / "run.json").write_text(json.dumps(self._facts))
+
+        write_whole(self.path, write, "a checkpoint", accelerator.state)
+
+    def resume(self, accelerator: Accelerator, progress: Progress) -> None:
+        """Go on from the checkpoint, if there is one; `progress` was registered with `accelerator`.
+
+        Raises:
+            ValueError: if it belongs to another run, naming what differs.
+        """
+        path = whole(self.path)
+        if path is None:
+            return
+        check_facts(self._facts, json.loads((path / "run.json").read_text()), path)
+        accelerator.load_state(str(path))
+        logger.info("resuming after step %d", progress.step)
+
+    def remove(self) -> None:
+        """The run is finished."""
+        remove(self.path)
+
+
+def facts_of(recipe: Recipe, draft: DovetailAssistantModel, source: Source) -> dict[str, Any]:
+    """What makes a run the same run."""
+    return {
+        "recipe": asdict(recipe),
+        "draft": {name: getattr(draft.config, name) for name in _DRAFT_FACTS},
+        **source.facts,
+    }

@@ -1,0 +1,98 @@
+"""What a draft learns from, batch by batch: text, the target's features, and its distributions.
+
+Two sources with one face: `LiveFeatures` runs the target on each batch, `capture.StoredFeatures` reads from disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..modeling import DovetailAssistantModel
+from ..target import FeatureTap
+from ..weights import feature_layers
+from .text import Windows
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the loss is computed from.
+
+    Args:
+        ids: (B, W). features: (B, W, f). logits: (B, W, V), the target's.
+    """
+
+    ids: Tensor
+    features: Tensor
+    logits: Tensor
+
+
+class Source(Protocol):
+    """Training material.
+
+    Attributes:
+        facts: what a resumed run must have in common with the first.
+        window: tokens per window.
+        counted: (N, W) bool or None, as in `text.Windows`.
+        target: the target, or a stand-in that has its embeddings and LM head only.
+    """
+
+    facts: Mapping[str, Any]
+    window: int
+    counted: Tensor | None
+    target: PreTrainedModel
+
+    def __len__(self) -> int:
+        """Number of windows."""
+
+    def batch(self, rows: Tensor, length: int, draft: DovetailAssistantModel) -> Batch:
+        """The first `length` tokens of windows `rows` (B,), on the draft's device."""
+
+
+@torch.no_grad()
+def capture(target: PreTrainedModel, ids: Tensor, layers: Sequence[int] = (-1,)) -> tuple[Tensor, Tensor]:
+    """The target's features (B, T, f) of these layers (see `FeatureTap`), and its logits (B, T, V), for ids (B, T).
+
+    Every feature that a draft is trained on comes from here.
+    """
+    output, features = FeatureTap(target, enabled=True, layers=layers)(lambda: target(input_ids=ids, use_cache=False))
+    return features, output.logits
+
+
+class LiveFeatures:
+    """Features computed on the fly: nothing is stored, and the target runs in every step."""
+
+    def __init__(self, target: PreTrainedModel, windows: Windows) -> None:
+        self.target, self._ids, self.counted = target, windows.ids, windows.counted
+        self.window = windows.ids.shape[1]
+        self.facts = {"text": text_facts(windows)}
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def batch(self, rows: Tensor, length: int, draft: DovetailAssistantModel) -> Batch:
+        """One forward pass of the target over windows `rows`."""
+        ids = self._ids[rows, :length].long().to(draft.device)
+        return Batch(ids, *capture(self.target, ids, feature_layers(draft.config, self.target.config)))
+
+
+def text_facts(windows: Windows) -> dict[str, Any]:
+    """What tells one training text from another."""
+    facts = {"windows": list(windows.ids.shape), "sum": int(windows.ids.sum())}
+    return facts if windows.counted is None else {**facts, "counted": int(windows.counted.sum())}
+
+
+def fingerprint(target: PreTrainedModel) -> str:
+    """A hash of the target's parameters: names, shapes, and the first values of each in bfloat16."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(target.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        values = parameter.detach()[:1].flatten()[:256].to("cpu", torch.bfloat16)
+        digest.update(values.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]

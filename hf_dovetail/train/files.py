@@ -1,0 +1,88 @@
+"""Files that are there whole or not at all, and folders that know which run they belong to."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from safetensors import SafetensorError
+
+
+def write_whole(path: Path, write: Callable[[Path], object], what: str, state: PartialState | None = None) -> None:
+    """Write a file or a folder under a temporary name, then give it its own; what was there before is replaced.
+
+    Args:
+        path: its name when it is whole.
+        write: writes it to the name that it is given.
+        what: it is, for the error.
+        state: if all processes write it together; one of them renames it then.
+
+    Raises:
+        OSError: if it cannot be written (a full disk, say); what `path` held before is intact.
+    """
+    fresh, leads, wait = path.with_name(f"{path.name}.new"), state is None or state.is_main_process, lambda: None
+    if state is not None:
+        wait = state.wait_for_everyone
+    if leads:
+        _remove(fresh)
+    wait()
+    try:
+        write(fresh)
+        wait()
+        if leads:
+            _replace(fresh, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own
+        if leads:
+            _remove(fresh)
+        free = shutil.disk_usage(path.parent).free / 2**30
+        raise OSError(
+            f"could not write {what} to {path} ({error}; {free:.1f} GiB are free there); what was finished before is "
+            "intact, so free some space and run the same command again"
+        ) from error
+    wait()
+
+
+def _replace(fresh: Path, path: Path) -> None:
+    old = path.with_name(f"{path.name}.old")
+    if path.is_dir():
+        _remove(old)
+        path.rename(old)
+    fresh.replace(path)
+    _remove(old)
+
+
+def whole(path: Path) -> Path | None:
+    """`path` if it is there, or what a kill between the two renamings of `write_whole` left of a folder."""
+    old = path.with_name(f"{path.name}.old")
+    return path if path.exists() else old if old.exists() else None
+
+
+def check_facts(facts: Mapping[str, Any], found: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a folder that belongs to another run.
+
+    Raises:
+        ValueError: naming what differs, with both values.
+    """
+    for name, value in json.loads(json.dumps(facts)).items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{folder} belongs to another run: its {name} is {found.get(name)}, this run's is {value}; "
+                "choose another folder, or delete this one"
+            )
+
+
+def remove(path: Path) -> None:
+    """Delete what `write_whole` wrote, and what a kill left of it."""
+    for name in (path.name, f"{path.name}.new", f"{path.name}.old"):
+        _remove(path.with_name(name))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

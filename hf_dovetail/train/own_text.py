@@ -1,0 +1,197 @@
+"""Text that the target writes itself, which is what a draft will be asked about.
+
+`continue_stream` continues pieces of a text; `regenerate` replaces the answers in training data by the target's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .features import fingerprint
+from .files import check_facts, write_whole
+from .records import Record
+
+FACTS = "answers.json"
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How the target answers.
+
+    Args:
+        max_new_tokens: longest answer.
+        temperature: 0 is greedy.
+        seed: of sampled answers.
+        batch: conversations at a time; one file holds as many.
+        opening: share of a plain text that is kept, at most `longest` tokens of it; the target writes the rest.
+        longest: tokens of a prompt, counted from its end for conversations; longer ones are cut.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    seed: int = 0
+    batch: int = 16
+    opening: float = 0.25
+    longest: int = 512
+
+
+@torch.no_grad()
+def continue_stream(
+    target: PreTrainedModel, stream: Tensor, count: int, window: int, seed: int, batch: int = 64
+) -> Tensor:
+    """Windows (count, window) of the target's own greedy text, each begun by a quarter window of `stream`."""
+    generator, prompt = torch.Generator().manual_seed(seed), window // 4
+    windows = []
+    for begin in tqdm(range(0, count, batch), desc="the target writes", unit="batch"):
+        starts = torch.randint(len(stream) - prompt, (min(batch, count - begin),), generator=generator)
+        prompts = torch.stack([stream[s : s + prompt] for s in starts]).to(target.device)
+        windows.append(
+            target.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                min_new_tokens=window - prompt,
+                max_new_tokens=window - prompt,
+                do_sample=False,
+            ).cpu()
+        )
+    return torch.cat(windows)
+
+
+def regenerate(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    how: Answering,
+    folder: Path,
+) -> list[Path]:
+    """Replace every answer by the target's own, and write the records as JSONL files that training reads.
+
+    A conversation keeps its other turns; each answer is given to what the target has answered before. Of a plain text
+    the opening is kept. A file is there whole or not at all; a run that was killed makes those that are missing. Under
+    `accelerate launch` each process makes its share.
+
+    Args:
+        target: in evaluation mode; it is moved to the process's device, and stays there.
+        tokenizer: the target's. records: the data. how: length and sampling.
+        folder: of the files.
+
+    Returns:
+        The files, in the order of the records.
+
+    Raises:
+        ValueError: if there are no records, or `folder` holds answers of another target, other data or other settings.
+        OSError: if a file cannot be written; those before are kept.
+    """
+    if not records:
+        raise ValueError("there are no records whose answers the target could replace")
+    state, folder = PartialState(), Path(folder)
+    facts = {"target": fingerprint(target), "answering": asdict(how), "records": len(records), "text": _digest(records)}
+    with state.main_process_first():
+        _open_folder(folder, facts)
+    target.to(state.device).eval()
+    groups = [records[i : i + how.batch] for i in range(0, len(records), how.batch)]
+    paths = [folder / f"answers-{number:05d}.jsonl" for number in range(len(groups))]
+    mine = range(state.process_index, len(groups), state.num_processes)
+    left = [number for number in mine if not paths[number].exists()]
+    for number in tqdm(left, desc="the target answers", unit="batch", disable=not state.is_main_process):
+        torch.manual_seed(how.seed + number)
+        lines = "".join(json.dumps(value) + "\n" for value in _answered(target, tokenizer, groups[number], how))
+        write_whole(paths[number], lambda path, lines=lines: path.write_text(lines), "answers")
+    state.wait_for_everyone()
+    return paths
+
+
+def _open_folder(folder: Path, facts: dict[str, Any]) -> None:
+    path = folder / FACTS
+    if path.exists():
+        check_facts(facts, json.loads(path.read_text()), folder)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda fresh: fresh.write_text(json.dumps(facts)), "the manifest of the answers")
+
+
+def _digest(records: Sequence[Record]) -> int:
+    """Characters in all records: what tells one text from another."""
+    return sum(len(record.text) + sum(len(m["content"]) for m in record.messages) for record in records)
+
+
+def _answered(
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], how: Answering
+) -> Iterator[dict[str, Any]]:
+    """The records with the target's answers, as values of JSONL lines."""
+    texts = [record for record in records if not record.messages]
+    prompts = [_opening(tokenizer, record, how) for record in texts]
+    completions = iter(zip(prompts, _answers(target, tokenizer, prompts, how), strict=True))
+    chats = iter(_chats(target, tokenizer, [r for r in records if r.messages], how))
+    for record in records:
+        if record.messages:
+            yield {"messages": next(chats)}
+        else:
+            prompt, completion = next(completions)
+            yield {"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "completion": completion}
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase, record: Record, how: Answering) -> list[int]:
+    """The tokens of a plain text's given part, or of its prompt."""
+    if record.prompt:
+        return tokenizer(record.prompt).input_ids[-how.longest :]
+    ids = tokenizer(record.text, verbose=False).input_ids
+    return ids[: min(max(1, round(len(ids) * how.opening)), how.longest)]
+
+
+def _chats(
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], how: Answering
+) -> list[list[dict[str, str]]]:
+    """All conversations, turn by turn together; each answer follows the answers before."""
+    chats: list[list[dict[str, str]]] = [[] for _ in records]
+    for turn in range(max((len(record.messages) for record in records), default=0)):
+        asked = []
+        for number, record in enumerate(records):
+            if turn < len(record.messages):
+                if record.messages[turn]["role"] == "assistant":
+                    asked.append(number)
+                else:
+                    chats[number].append(record.messages[turn])
+        prompts = [_question(tokenizer, chats[number], how) for number in asked]
+        for number, answer in zip(asked, _answers(target, tokenizer, prompts, how), strict=True):
+            chats[number].append({"role": "assistant", "content": answer})
+    return chats
+
+
+def _question(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], how: Answering) -> list[int]:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False).input_ids[-how.longest :]
+
+
+@torch.no_grad()
+def _answers(
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], how: Answering
+) -> list[str]:
+    """The target's answers to all prompts, computed together with padding on the left."""
+    if not prompts:
+        return []
+    longest = max(map(len, prompts))
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids = torch.tensor([[padding] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    sampling: dict[str, Any] = {"do_sample": False}
+    if how.temperature:
+        sampling = {"do_sample": True, "temperature": how.temperature, "top_k": 0}
+    written = target.generate(
+        ids.to(target.device),
+        attention_mask=mask.to(target.device),
+        max_new_tokens=how.max_new_tokens,
+        pad_token_id=padding,
+        **sampling,
+    )
+    return tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)

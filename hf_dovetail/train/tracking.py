@@ -1,0 +1,70 @@
+"""The figures of a run, step by step: a CSV file, TensorBoard, or any of accelerate's trackers."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import GeneralTracker, on_main_process
+
+from .validate import SHAPE
+
+COLUMNS = ("step", "loss", "learning_rate", "tokens_per_round", *(f"depth_{d + 1}" for d in range(SHAPE.levels)))
+
+
+class CsvTracker(GeneralTracker):
+    """One line per step; a resumed run goes on behind the last step of its checkpoint.
+
+    Args:
+        path: of the file.
+        step: steps that are finished; later lines are of a run that was killed, and are dropped.
+    """
+
+    name = "csv"
+    requires_logging_directory = False
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    @property
+    def tracker(self) -> Path:
+        """The file."""
+        return self._path
+
+    @on_main_process
+    def keep_until(self, step: int) -> None:
+        """Drop the lines behind `step` finished steps: a killed run wrote them after its checkpoint."""
+        kept: list[dict[str, str]] = []
+        if step and self._path.exists():
+            with self._path.open(newline="") as lines:
+                kept = [row for row in csv.DictReader(lines) if row["step"] and int(row["step"]) <= step]
+        with self._path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(kept)
+
+    @on_main_process
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """The recipe has a file of its own."""
+
+    @on_main_process
+    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        """Write a line."""
+        with self._path.open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS).writerow({"step": step, **values})
+
+
+def trackers(names: Sequence[str], csv_path: Path) -> tuple[CsvTracker, list[str | GeneralTracker]]:
+    """The CSV file, which every run writes, and beside it those of accelerate's trackers that `names` asks for.
+
+    Raises:
+        ValueError: if TensorBoard is asked for and not installed.
+    """
+    if "tensorboard" in names and not (find_spec("tensorboard") or find_spec("tensorboardX")):
+        raise ValueError("TensorBoard is not installed; pip install tensorboard, or leave out --log-with tensorboard")
+    file = CsvTracker(csv_path)
+    return file, [file, *names]

@@ -1,0 +1,199 @@
+"""`hf-dovetail train` and `hf-dovetail capture`: from data and a target to a draft.
+
+Imports what trains only when it is asked to, so that the command line starts at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .recipe import CHOICES, MEASURED_WIDTH, PAPER, Recipe, default_recipe, option_help
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .train import Skipped, Windows
+
+_DATA_HELP = (
+    'text files, JSONL ("text", "messages", "conversations", or "prompt" and "completion"), folders that datasets '
+    "saved, or names of data sets (NAME or NAME:SPLIT); of conversations only the assistant's turns are learned"
+)
+
+
+def add_train_parsers(commands: Any) -> None:
+    """Add `train` and `capture` to the command line."""
+    train = commands.add_parser("train", help="train a draft for a target on text or conversations")
+    _add_data(train)
+    train.add_argument("--features", type=Path, help="folder of captured features, instead of --data")
+    train.add_argument("--out", required=True, type=Path, help="folder for the draft; an interrupted run resumes there")
+    train.add_argument("--blocks", type=int, default=1, help="decoder blocks of the draft, 1 to 6")
+    train.add_argument("--fusion", default="dgf", choices=("dgf", "eagle", "eagle3"), help="the draft's kind")
+    train.add_argument("--recipe", choices=("default", "paper"), default="default", help="numbers that are not given")
+    _add_recipe(train)
+    train.add_argument("--regenerate", action="store_true", help="train on the target's own answers to the data")
+    train.add_argument("--answer-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
+    train.add_argument("--answer-temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    train.add_argument("--validate-on", help="prompts for validation, as --data (default: held out of the data)")
+    train.add_argument("--validation-prompts", type=int, default=24, help="how many (default: %(default)s)")
+    train.add_argument("--log-with", nargs="+", default=(), help="trackers beside metrics.csv, such as tensorboard")
+    train.set_defaults(run=_train)
+    capture = commands.add_parser("capture", help="capture a target's features over text, to train drafts from")
+    _add_data(capture)
+    capture.add_argument("--out", required=True, type=Path, help="folder for the features; a killed run goes on there")
+    capture.add_argument("--window", type=int, default=Recipe().window, help="tokens per window (default: %(default)s)")
+    capture.add_argument("--batch", type=int, default=8, help="windows per forward pass (default: %(default)s)")
+    capture.set_defaults(run=_capture)
+
+
+def existing(name: str) -> str:
+    """A folder or the name of a model; a path that is not there gets an error of its own.
+
+    Raises:
+        ValueError: if it is a path, and there is nothing.
+    """
+    if os.sep in name and not os.path.exists(name) and (name.startswith((os.sep, ".")) or name.count(os.sep) > 1):
+        raise ValueError(f"there is no folder {name}")
+    return name
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", help="folder or name of the target (may be left out with --features)")
+    parser.add_argument("--data", nargs="+", default=(), help=_DATA_HELP)
+    parser.add_argument("--strict", action="store_true", help="stop at a record that cannot be used; else skip it")
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    """One option for each number in the recipe, in the recipe's own words; the default rate falls with the width."""
+    words, ours = option_help(), default_recipe(MEASURED_WIDTH, muon=True)
+    for field in fields(Recipe):
+        if isinstance(field.default, int | float | str):
+            parser.add_argument(
+                f"--{field.name.replace('_', '-')}",
+                type=type(field.default),
+                choices=CHOICES.get(field.name),
+                help=f"{words[field.name]} (default: {getattr(ours, field.name)}, paper: {getattr(PAPER, field.name)})",
+            )
+
+
+def _recipe(arguments: argparse.Namespace, target: PreTrainedModel) -> Recipe:
+    """The recipe that is named, with the numbers that were given; AdamW where Muon cannot work."""
+    import torch
+
+    whole = not any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+    muon = hasattr(torch.optim, "Muon") and whole and arguments.optimizer != "adamw"
+    width = target.config.get_text_config(decoder=True).hidden_size
+    named = PAPER if arguments.recipe == "paper" else default_recipe(width, muon)
+    given = {field.name: getattr(arguments, field.name, None) for field in fields(Recipe)}
+    return replace(named, **{name: value for name, value in given.items() if value is not None})
+
+
+def _load_target(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not arguments.target:
+        raise ValueError("give the target with --target")
+    tokenizer = AutoTokenizer.from_pretrained(existing(arguments.target))
+    return AutoModelForCausalLM.from_pretrained(arguments.target, dtype="auto"), tokenizer
+
+
+def _windows(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, data: list, window: int) -> Windows:
+    """The data as windows; says what was skipped."""
+    from .train import Skipped, load_windows
+
+    if not data:
+        raise ValueError("give the training data with --data")
+    skipped = Skipped(arguments.strict)
+    windows = load_windows(data, tokenizer, window, skipped)
+    _say(skipped)
+    return windows
+
+
+def _say(skipped: Skipped) -> None:
+    if skipped.count:
+        print(f"skipped {skipped.count} records that cannot be used, the first: {skipped.first[0]}")
+
+
+def _regenerated(
+    arguments: argparse.Namespace, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> list[Path]:
+    """The data with the target's own answers, as files in the draft's folder."""
+    from .train import Answering, Skipped, read_records, regenerate
+
+    skipped = Skipped(arguments.strict)
+    records = [record for source in arguments.data for record in read_records(source, skipped)]
+    _say(skipped)
+    how = Answering(arguments.answer_tokens, arguments.answer_temperature, seed)
+    return regenerate(target, tokenizer, records, how, arguments.out / "answers")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    import torch
+    from accelerate import PartialState
+
+    from .modeling import DovetailAssistantModel
+    from .train import Extras, train_draft
+
+    if arguments.features is None:
+        target, tokenizer = _load_target(arguments)
+        recipe, data = _recipe(arguments, target), list(arguments.data)
+        if arguments.regenerate:
+            data = _regenerated(arguments, target, tokenizer, recipe.seed)
+        text = _windows(arguments, tokenizer, data, recipe.window)
+    else:
+        target, tokenizer, text = _stored(arguments)
+        recipe = _recipe(arguments, target)
+    text, prompts = _prompts(arguments, recipe, tokenizer, text)
+    extras = Extras(
+        tokenizer, prompts, log_with=arguments.log_with, data=list(map(str, arguments.data)), dtype=target.dtype
+    )
+    torch.manual_seed(recipe.seed)
+    draft = DovetailAssistantModel.from_target(target, arguments.blocks, arguments.fusion).float()
+    train_draft(draft, target, text, recipe, arguments.out, extras=extras)
+    if PartialState().is_main_process:
+        print(f"the draft is in {arguments.out}")
+
+
+def _stored(arguments: argparse.Namespace) -> tuple:
+    """Target or stand-in, tokenizer and features of a folder of captured features."""
+    from transformers import AutoTokenizer
+
+    from .train import StoredFeatures
+
+    if arguments.data or arguments.regenerate:
+        raise ValueError("--features holds the text already; leave out --data and --regenerate, or --features")
+    target = _load_target(arguments)[0] if arguments.target else None
+    source = StoredFeatures(arguments.features, target)
+    return source.target, AutoTokenizer.from_pretrained(arguments.features), source
+
+
+def _prompts(arguments: argparse.Namespace, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, text: Any) -> tuple:
+    """The text that is left to train on, and the prompts of validation."""
+    from .train import hold_out, load_prompts
+
+    if not recipe.validate_every:
+        return text, []
+    if arguments.features is not None and not arguments.target:
+        raise ValueError("validation decodes with the target itself: give --target, or leave out --validate-every")
+    if arguments.validate_on:
+        longest = recipe.window // 2
+        return text, load_prompts(arguments.validate_on, tokenizer, arguments.validation_prompts, longest)
+    if arguments.features is not None:
+        raise ValueError("captured features have no text to hold out: give prompts with --validate-on")
+    return hold_out(text, arguments.validation_prompts)
+
+
+def _capture(arguments: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
+    from .train import capture_features
+
+    target, tokenizer = _load_target(arguments)
+    windows = _windows(arguments, tokenizer, list(arguments.data), arguments.window)
+    capture_features(target, windows, arguments.out, batch=arguments.batch)
+    if PartialState().is_main_process:
+        tokenizer.save_pretrained(arguments.out)
+        print(f"the features of {len(windows):,} windows are in {arguments.out}")

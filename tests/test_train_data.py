@@ -1,0 +1,168 @@
+"""Training data: every accepted form, what counts in the loss, and what is skipped with file and line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from hf_dovetail.demo import pair_path
+from hf_dovetail.train import Skipped, Windows, hold_out, load_windows, pack, read_records
+from hf_dovetail.train.losses import row_weights
+from hf_dovetail.train.records import Record
+from hf_dovetail.train.text import Encoded, encode, render_chat
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+FORGETS = (  # reasoning of turns before the last one is dropped, as some chat models do
+    "{% for m in messages %}<{{ m['role'] }}>"
+    "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CHAT = (
+    {"role": "system", "content": "be short"},
+    {"role": "user", "content": "what is len([])?"},
+    {"role": "assistant", "content": "zero"},
+    {"role": "user", "content": "and of [1]?"},
+    {"role": "assistant", "content": "one, of course"},
+)
+
+
+@pytest.fixture
+def tokenizer():
+    loaded = AutoTokenizer.from_pretrained(pair_path("target"))
+    loaded.chat_template = TEMPLATE
+    return loaded
+
+
+def lines(path: Path, *values) -> Path:
+    path.write_text("".join((v if isinstance(v, str) else json.dumps(v)) + "\n" for v in values))
+    return path
+
+
+def test_only_the_assistants_turns_count_and_their_end_does(tokenizer) -> None:
+    encoded = encode(tokenizer, Record("here", messages=CHAT))
+    learned = tokenizer.decode(encoded.ids[encoded.counted])
+    assert learned == "zero<end>one, of course<end>"
+    assert tokenizer.decode(encoded.ids) == tokenizer.apply_chat_template(list(CHAT), tokenize=False)
+
+
+def test_a_turn_that_the_template_rewrites_does_not_count_where_it_is_not(tokenizer) -> None:
+    """Guards masks shifted by what a template drops: a wrong offset would teach the user's words."""
+    tokenizer.chat_template = FORGETS
+    turns = [dict(turn) for turn in CHAT]
+    turns[2]["content"] = "hm</think>zero"
+    text, spans = render_chat(tokenizer, turns)
+    assert [text[a:b] for a, b in spans] == ["one, of course<end>"]
+    assert "hm" not in text
+
+
+def test_a_completion_counts_and_its_prompt_does_not(tokenizer, tmp_path: Path) -> None:
+    path = lines(tmp_path / "d.jsonl", {"prompt": "def f(x):\n", "completion": "    return x\n"})
+    encoded = encode(tokenizer, next(read_records(path, Skipped(strict=True))))
+    assert tokenizer.decode(encoded.ids[encoded.counted]) == "    return x\n" + tokenizer.eos_token
+    assert tokenizer.decode(encoded.ids[~encoded.counted]) == tokenizer.eos_token + "def f(x):\n"
+
+
+def test_every_form_is_read(tmp_path: Path) -> None:
+    sharegpt = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    messages = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    path = lines(tmp_path / "d.jsonl", {"text": "plain"}, sharegpt, messages, {"prompt": "p", "completion": "c"})
+    plain, first, second, completed = read_records(path, Skipped(strict=True))
+    assert plain.text == "plain"
+    assert first.messages == second.messages == tuple(messages["messages"])
+    assert (completed.text, completed.prompt) == ("pc", "p")
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("{", r"line 2: not JSON"),
+        ("[1]", r"line 2: expected an object with \"text\", .*found \[1\]"),
+        ('{"body": "b"}', r"line 2: .*found the keys body"),
+        ('{"text": ""}', r"line 2: \"text\" is empty"),
+        ('{"text": 3}', r"line 2: \"text\" is 3; expected a string"),
+        ('{"messages": []}', r"line 2: expected a list of turns"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', r"line 2: no turn is the assistant's"),
+        ('{"messages": [{"role": "assistant", "content": null}]}', r"line 2: a turn is"),
+        ('{"conversations": [{"from": "bing", "value": "a"}]}', r"line 2: a turn has \"from\" 'bing'"),
+    ],
+)
+def test_a_bad_line_is_named_skipped_and_counted_or_refused(tokenizer, tmp_path: Path, line: str, why: str) -> None:
+    path = lines(tmp_path / "d.jsonl", {"text": "good one " * 9}, line, {"text": "good two " * 9})
+    skipped = Skipped()
+    windows = load_windows([path], tokenizer, 8, skipped)
+    assert skipped.count == 1
+    assert "good two" in tokenizer.decode(windows.ids.flatten())
+    with pytest.raises(ValueError, match="d.jsonl, " + why):
+        load_windows([path], tokenizer, 8, Skipped(strict=True))
+
+
+def test_bytes_that_are_no_text_and_templates_that_refuse_are_skipped_too(tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'{"text": "' + b"ok " * 30 + b'"}\n\xff\xfe\n\n' + json.dumps({"messages": CHAT}).encode())
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    skipped = Skipped()
+    assert len(load_windows([path], tokenizer, 8, skipped)) > 1
+    assert "line 2" in skipped.first[0]
+    assert "line 4: the chat template refuses this conversation: roles must alternate" in skipped.first[1]
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="line 4: the tokenizer has no chat template"):
+        load_windows([lines(path, "", "", "", {"messages": CHAT})], tokenizer, 8, Skipped(strict=True))
+
+
+def test_nothing_usable_says_why(tokenizer, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n")
+    with pytest.raises(ValueError, match=r"0 tokens; expected at least one window of 8 \(1 records.*the file is empty"):
+        load_windows([empty], tokenizer, 8, Skipped())
+
+
+def test_windows_without_a_token_that_counts_are_left_out() -> None:
+    ids = torch.arange(24, dtype=torch.int32)
+    counted = torch.zeros(24, dtype=torch.bool)
+    counted[[12, 16]] = True  # the second window's middle; the third window's first token, which no row asks for
+    windows = pack([Encoded(ids, counted)], 8)
+    assert windows.ids.tolist() == [list(range(8, 16))]
+    assert windows.counted.nonzero().tolist() == [[0, 4]]
+    assert pack([Encoded(ids, torch.ones(24, dtype=torch.bool))], 8).counted is None
+    with pytest.raises(ValueError, match="no window holds a token that counts"):
+        pack([Encoded(ids, torch.zeros(24, dtype=torch.bool))], 8)
+
+
+def test_a_row_counts_if_the_token_that_it_asks_for_does() -> None:
+    """Row t has read token t+1 and proposes token t+2."""
+    counted = torch.tensor([[False, False, True, False, True]])
+    assert row_weights(counted).tolist() == [[1.0, 0.0, 1.0, 1.0]]
+
+
+def test_held_out_prompts_are_not_trained_on() -> None:
+    windows = Windows(torch.arange(80).view(10, 8))
+    left, prompts = hold_out(windows, 3)
+    assert [p.shape for p in prompts] == [(1, 4)] * 3
+    assert len(left) == 7
+    assert not {int(p[0, 0]) for p in prompts} & {int(w[0]) for w in left.ids}
+    with pytest.raises(ValueError, match="10 windows; 10 of them cannot be held out"):
+        hold_out(windows, 10)
+
+
+def test_a_saved_data_set_is_read(tokenizer, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="the library datasets is not installed")
+    data = datasets.Dataset.from_dict({"text": ["one two three four five six seven", "", "eight nine ten eleven"]})
+    data.save_to_disk(tmp_path / "saved")
+    skipped = Skipped()
+    texts = [record.text for record in read_records(tmp_path / "saved", skipped)]
+    assert texts == ["one two three four five six seven", "eight nine ten eleven"]
+    assert "saved, row 1" in skipped.first[0]
+    datasets.DatasetDict({"test": data}).save_to_disk(tmp_path / "split")
+    assert next(read_records(f"{tmp_path / 'split'}:test", Skipped())).text == texts[0]
+    with pytest.raises(ValueError, match="neither a file nor a data set"):
+        next(read_records(tmp_path / "split", Skipped()))
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing\.jsonl"):
+        next(read_records(tmp_path / "nothing.jsonl", Skipped()))

@@ -1,0 +1,383 @@
+"""The loop: a killed run goes on with the same losses, parts and processes change nothing, validation, full disks."""
+
+import csv
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_dovetail import DovetailAssistantModel
+from hf_dovetail.demo import pair_path
+from hf_dovetail.recipe import PAPER, Recipe, default_recipe
+from hf_dovetail.train import Extras, Windows, hold_out, pack, train_draft, validate
+from hf_dovetail.train.checkpoints import Progress
+from hf_dovetail.train.losses import distribution_distances
+from hf_dovetail.train.records import Record
+from hf_dovetail.train.text import encode
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = Recipe(
+    steps=8,
+    batch=4,
+    window=32,
+    learning_rate=3e-3,
+    warmup=1,
+    distribution_weight=1.0,
+    noise=0.1,
+    unroll=2,
+    save_every=3,
+)
+
+
+@pytest.fixture(scope="module")
+def target():
+    return AutoModelForCausalLM.from_pretrained(pair_path("target"), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def windows() -> Windows:
+    """Real Python of which every second token counts."""
+    tokenizer = AutoTokenizer.from_pretrained(pair_path("target"))
+    text = (ROOT / "hf_dovetail" / "plugin.py").read_text()
+    all_count = pack([encode(tokenizer, Record("here", text))], 32)
+    return Windows(all_count.ids, all_count.ids % 2 == 0)
+
+
+def new_draft(target) -> DovetailAssistantModel:
+    torch.manual_seed(0)
+    draft = DovetailAssistantModel.from_target(target)
+    draft.draft_device = "cpu"
+    return draft
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def losses(folder: Path) -> list[float]:
+    return [float(row["loss"]) for row in metrics(folder)]
+
+
+def weights(draft) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in draft.parameters()])
+
+
+def test_a_step_in_parts_is_the_same_step(target, windows, tmp_path: Path) -> None:
+    """Noise, order and the share of what counts do not depend on how a step is split; the batch does matter."""
+    whole = train_draft(new_draft(target), target, windows, RECIPE, tmp_path / "whole")
+    parts = train_draft(new_draft(target), target, windows, replace(RECIPE, accumulate=2), tmp_path / "parts")
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-3, atol=1e-4)
+    train_draft(new_draft(target), target, windows, replace(RECIPE, batch=2), tmp_path / "half")
+    assert losses(tmp_path / "half") != pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
+    with pytest.raises(ValueError, match=r"4 windows do not fall into 3 equal parts on 1 processes; .* multiple of 3"):
+        train_draft(new_draft(target), target, windows, replace(RECIPE, accumulate=3), tmp_path / "uneven")
+
+
+PROCESSES = """
+import sys
+from pathlib import Path
+import torch
+sys.path.insert(0, {tests!r})
+from test_train_loop import RECIPE, new_draft
+from transformers import AutoModelForCausalLM
+from hf_dovetail.demo import pair_path
+from hf_dovetail.train import Extras, Windows, capture_features, train_draft
+from accelerate import PartialState
+from accelerate.utils import reduce
+from hf_dovetail.train import LiveFeatures
+from hf_dovetail.train.steps import DraftLoss, parts_of_step
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+torch.set_num_threads(1)
+from dataclasses import replace
+folder = Path(sys.argv[1])
+data = torch.load(folder / "data.pt")
+target = AutoModelForCausalLM.from_pretrained(pair_path("target"), dtype=torch.float32).eval()
+recipe = replace(RECIPE, steps=4, save_every=2, validate_every=4)
+extras = Extras(prompts=list(data["prompts"].split(1)), new_tokens=8)
+train_draft(new_draft(target), target, Windows(data["ids"], data["counted"]), recipe, folder / "draft", extras=extras)
+capture_features(target, Windows(data["ids"][:12]), folder / "features", shard_windows=3)
+state = PartialState()
+assert state.num_processes == 2
+
+draft = new_draft(target)  # and the same step with weights split over the processes, as FSDP 2 does
+draft.train().meet(target)
+module = DraftLoss(draft, recipe)
+mesh = init_device_mesh("cpu", (2,))
+for part in (*draft.layers, module):
+    fully_shard(part, mesh=mesh)
+source = LiveFeatures(target, Windows(data["ids"], data["counted"]))
+generator = torch.Generator().manual_seed(recipe.seed)
+(part,) = parts_of_step(source, recipe, 192, generator, state.process_index, 2)
+loss = module(source.batch(part.rows, recipe.window, draft), part.noise, part.weights)
+loss.backward()
+total = reduce(loss.detach(), "mean").item()
+if state.is_main_process:
+    (folder / "sharded.txt").write_text(str(total))
+"""
+
+
+def test_two_processes_train_what_one_does(target, windows, tmp_path: Path) -> None:
+    """The same global batch: losses, weights, validation and captured shards agree. Guards a draft whose own methods a
+    wrapper hides, gradients that are not averaged, and parts that both processes read."""
+    script = tmp_path / "run.py"
+    script.write_text(PROCESSES.format(tests=str(ROOT / "tests")))
+    torch.save(
+        {"ids": windows.ids, "counted": windows.counted, "prompts": windows.ids[:3].long()}, tmp_path / "data.pt"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    arguments = [*command, str(script), str(tmp_path)]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    recipe = replace(RECIPE, steps=4, save_every=2, validate_every=4)
+    extras = Extras(prompts=list(windows.ids[:3].long().split(1)), new_tokens=8)
+    one = train_draft(new_draft(target), target, windows, recipe, tmp_path / "one", extras=extras)
+    assert losses(tmp_path / "draft") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    two = DovetailAssistantModel.from_pretrained(tmp_path / "draft")
+    torch.testing.assert_close(weights(two), weights(one), rtol=1e-3, atol=1e-4)
+    assert metrics(tmp_path / "draft")[-1]["tokens_per_round"] == metrics(tmp_path / "one")[-1]["tokens_per_round"]
+    assert len(list((tmp_path / "features").glob("shard-*.safetensors"))) == 4
+    assert float((tmp_path / "sharded.txt").read_text()) == pytest.approx(losses(tmp_path / "one")[0], rel=1e-4)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import torch
+sys.path.insert(0, {tests!r})
+from test_train_loop import RECIPE, new_draft
+from transformers import AutoModelForCausalLM
+from hf_dovetail.demo import pair_path
+from hf_dovetail.train import Windows, train_draft
+torch.set_num_threads(1)
+data = torch.load(Path(sys.argv[1]) / "data.pt")
+target = AutoModelForCausalLM.from_pretrained(pair_path("target"), dtype=torch.float32).eval()
+train_draft(new_draft(target), target, Windows(data["ids"], data["counted"]), RECIPE, Path(sys.argv[1]) / "cut")
+"""
+
+
+def test_a_killed_run_goes_on_with_the_same_losses(target, windows, tmp_path: Path) -> None:
+    """SIGKILL behind the first checkpoint: every later loss, and the weights, are those of a run that nobody killed."""
+    torch.save({"ids": windows.ids, "counted": windows.counted}, tmp_path / "data.pt")
+    command = [sys.executable, "-c", KILLED.format(tests=str(ROOT / "tests")), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "cut" / "checkpoint" / "run.json").exists():
+        assert process.poll() is None, "the run ended before its first checkpoint was seen"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "cut" / "recipe.json").exists()
+    resumed = train_draft(new_draft(target), target, windows, RECIPE, tmp_path / "cut")
+    whole = train_draft(new_draft(target), target, windows, RECIPE, tmp_path / "whole")
+    assert [row["step"] for row in metrics(tmp_path / "cut")] == [str(step) for step in range(1, 9)]
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_a_kill_between_two_renamings_loses_nothing(target, windows, tmp_path: Path) -> None:
+    """The old checkpoint has its other name, the new one not yet its own."""
+    stopping = replace(RECIPE, steps=8, save_every=3)
+    with pytest.raises(KeyboardInterrupt):
+        train_draft(new_draft(target), target, _Interrupting(windows, 5), stopping, tmp_path / "cut")
+    (tmp_path / "cut" / "checkpoint").rename(tmp_path / "cut" / "checkpoint.old")
+    left = _Interrupting(windows, 5)  # 3 of 8 steps are done; a run from the start would be interrupted again
+    train_draft(new_draft(target), target, left, stopping, tmp_path / "cut")
+    train_draft(new_draft(target), target, windows, stopping, tmp_path / "whole")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert not list((tmp_path / "cut").glob("checkpoint*"))
+
+
+class _Interrupting(Windows):
+    """Windows that are interrupted after so many batches, as by Ctrl-C."""
+
+    def __init__(self, windows: Windows, batches: int) -> None:
+        ids = _Counting(windows.ids, batches)
+        super().__init__(ids, windows.counted)
+
+
+class _Counting(torch.Tensor):
+    @staticmethod
+    def __new__(cls, data, batches):
+        made = torch.Tensor._make_subclass(cls, data)
+        made.left = [batches]
+        return made
+
+    def __getitem__(self, index):
+        if isinstance(index, tuple) and hasattr(self, "left"):
+            self.left[0] -= 1
+            if self.left[0] < 0:
+                raise KeyboardInterrupt
+        return super().__getitem__(index).as_subclass(torch.Tensor)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(target, windows, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk; the run goes on from its checkpoint afterwards."""
+    recipe, out = replace(RECIPE, save_every=1), tmp_path / "full"
+    with pytest.raises(KeyboardInterrupt):
+        train_draft(new_draft(target), target, _Interrupting(windows, 4), recipe, out)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"could not write a checkpoint to .*finished before is intact"):
+            train_draft(new_draft(target), target, windows, recipe, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (out / "checkpoint" / "run.json").exists()
+    assert not (out / "checkpoint.new").exists()
+    train_draft(new_draft(target), target, _Interrupting(windows, 4), recipe, out)
+    train_draft(new_draft(target), target, windows, recipe, tmp_path / "whole")
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+def test_validation_decodes_keeps_the_best_and_stops_early(target, windows, tmp_path: Path) -> None:
+    """A rate that ruins a good draft step by step: training stops, and the finished draft is the best one."""
+    text, prompts = hold_out(windows, 2)
+    recipe = replace(RECIPE, steps=40, learning_rate=0.05, warmup=20, validate_every=2, patience=2)
+    extras = Extras(prompts=prompts, new_tokens=32)
+    good = DovetailAssistantModel.from_pretrained(pair_path("draft"), dtype=torch.float32)
+    trained = train_draft(good, target, text, recipe, tmp_path, extras=extras)
+    rows = metrics(tmp_path)
+    rates = [float(row["tokens_per_round"]) for row in rows if row["tokens_per_round"]]
+    assert len(rows) < 40
+    assert len(rates) == len(rows) // 2
+    assert rates.index(max(rates)) == len(rates) - 3  # two validations without a better one
+    again = validate(trained, target, prompts, 32)
+    assert max(rates) > 1.5 > rates[-1]
+    assert again.tokens_per_round == pytest.approx(max(rates), abs=1e-6)
+    assert not (tmp_path / "best").exists()
+    assert float(rows[-1]["depth_1"]) >= float(rows[-1]["depth_2"])
+    card = (tmp_path / "README.md").read_text()
+    assert f"{max(rates):.2f}, greedy on held-out prompts" in card
+
+
+def test_validation_leaves_the_draft_and_the_run_as_they_were(target, windows, tmp_path: Path) -> None:
+    prompts = list(windows.ids[:2].long().split(1))
+    draft = new_draft(target).train()
+    draft.tree = "auto"
+    found = validate(draft, target, prompts, 12)
+    assert draft.training
+    assert draft.tree == "auto"
+    assert draft.last_stats is None
+    validate(draft.eval(), target, prompts[:1], 4)
+    assert not draft.training
+    assert found.rounds == pytest.approx(2 * 11 / found.tokens_per_round)
+    extras = Extras(prompts=prompts, new_tokens=8)
+    train_draft(new_draft(target), target, windows, replace(RECIPE, validate_every=2), tmp_path / "with", extras=extras)
+    train_draft(new_draft(target), target, windows, RECIPE, tmp_path / "without")
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    with pytest.raises(ValueError, match="validate_every is 2, but there are no prompts"):
+        train_draft(new_draft(target), target, windows, replace(RECIPE, validate_every=2), tmp_path / "none")
+
+
+def test_bf16_and_float32_in_one_process(target, windows, tmp_path: Path) -> None:
+    """Guards accelerate's shared state, which keeps the first precision of a process."""
+    for precision in ("no", "bf16", "no"):
+        recipe = replace(RECIPE, steps=2, precision=precision)
+        train_draft(new_draft(target), target, windows, recipe, tmp_path / f"{precision}{time.monotonic_ns()}")
+    first, second, third = (losses(path) for path in sorted(tmp_path.iterdir(), key=lambda p: p.stat().st_mtime_ns))
+    assert first == third != second == pytest.approx(first, rel=0.02)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
+def test_muon_trains_the_matrices(target, windows, tmp_path: Path) -> None:
+    """Muon's updates are nearly orthogonal, so that their singular values are alike; AdamW's are not."""
+    alike = {}
+    for name in ("muon", "adamw"):
+        recipe = replace(RECIPE, optimizer=name, steps=1)
+        trained = train_draft(new_draft(target), target, windows, recipe, tmp_path / name)
+        step = trained.layers[0].mlp.up_proj.weight - new_draft(target).layers[0].mlp.up_proj.weight
+        singular = torch.linalg.svdvals(step.detach())
+        alike[name] = float(singular.median() / singular[0])
+    assert alike["muon"] > 0.5 > 2 * alike["adamw"]
+
+
+def test_top_k_distillation_with_all_tokens_is_the_whole_distribution(target, windows, tmp_path: Path) -> None:
+    for name, k in (("all", 0), ("whole", 4095), ("few", 4)):
+        train_draft(new_draft(target), target, windows, replace(RECIPE, steps=3, top_k=k), tmp_path / name)
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "all"), rel=1e-4)
+    assert losses(tmp_path / "few") != pytest.approx(losses(tmp_path / "all"), rel=1e-2)
+
+
+def test_distances_on_the_likeliest_tokens_are_by_hand() -> None:
+    """The target's two likeliest tokens, their probabilities summing to 1, against the draft's whole distribution."""
+    teacher = torch.tensor([[[9.0, 9.0, 9.0, 9.0], [2.0, -1.0, 1.0, 0.0]]])
+    logits = torch.tensor([[[0.3, 0.1, -0.2, 0.5]]])
+    wanted = torch.tensor([2.0, 1.0]).softmax(0)
+    by_hand = -(wanted * logits.log_softmax(-1)[0, 0, [0, 2]]).sum()
+    assert distribution_distances(teacher, 2)(logits, 1).item() == pytest.approx(by_hand.item())
+
+
+def test_progress_is_restored_whole() -> None:
+    """Guards early stopping after a resume: validations since the best one count on."""
+    progress = Progress(7, torch.Generator().manual_seed(3))
+    assert [progress.note(rate) for rate in (2.0, 1.5, 2.0)] == [True, False, False]
+    restored = Progress(0, torch.Generator())
+    restored.load_state_dict(progress.state_dict())
+    assert (restored.step, restored.best, restored.since_best) == (7, 2.0, 2)
+    assert torch.rand(1, generator=restored.generator) == torch.rand(1, generator=progress.generator)
+
+
+def test_schedules_warm_up_and_end_near_zero() -> None:
+    for schedule in ("linear", "cosine", "plateau"):
+        recipe = Recipe(steps=100, warmup=10, learning_rate=1.0, schedule=schedule)
+        rates = [recipe.rate(step) for step in range(100)]
+        assert rates[0] <= 0.1
+        assert max(rates) > 0.89
+        assert rates[99] < 0.03
+        assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert Recipe(steps=100, warmup=1, learning_rate=1.0, schedule="plateau").rate(49) == 1.0
+    with pytest.raises(ValueError, match=r"Recipe\.schedule is 'step'; expected one of linear, cosine, plateau"):
+        Recipe(schedule="step")
+
+
+def test_the_papers_recipe_is_the_papers() -> None:
+    assert (PAPER.learning_rate, PAPER.betas, PAPER.warmup) == (3e-5, (0.9, 0.95), 2000)
+    assert (PAPER.feature_weight, PAPER.distribution_weight, PAPER.noise, PAPER.unroll) == (1.0, 0.1, 0.1, 1)
+
+
+def test_the_default_rate_falls_with_the_width() -> None:
+    assert default_recipe(192, muon=True).learning_rate == 2e-2
+    assert default_recipe(768, muon=True).learning_rate == pytest.approx(1e-2)
+    assert default_recipe(768, muon=False).learning_rate == pytest.approx(1e-3)
+    assert [default_recipe(768, muon).optimizer for muon in (True, False)] == ["muon", "adamw"]
+
+
+def test_tensorboard_is_written_or_its_absence_said(target, windows, tmp_path: Path) -> None:
+    extras = Extras(log_with=("tensorboard",))
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        with pytest.raises(ValueError, match="TensorBoard is not installed; pip install tensorboard"):
+            train_draft(new_draft(target), target, windows, RECIPE, tmp_path, extras=extras)
+        return
+    train_draft(new_draft(target), target, windows, replace(RECIPE, steps=2), tmp_path, extras=extras)
+    assert list((tmp_path / "training").glob("events.out.tfevents.*"))
+
+
+def test_the_finished_folder_is_complete(target, windows, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pair_path("target"))
+    extras = Extras(tokenizer, data=["plugin.py"])
+    train_draft(new_draft(target), target, windows, replace(RECIPE, steps=2), tmp_path, extras=extras)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        "config.json", "model.safetensors", "README.md", "recipe.json", "metrics.csv", "tokenizer.json",
+        "tokenizer_config.json",
+    }  # fmt: skip
+    card = (tmp_path / "README.md").read_text()
+    assert "| data | plugin.py |" in card
+    assert "| learning_rate | 0.003 |" in card
+    assert f"{len(windows)} windows of 32 tokens" in card
+    assert json.loads((tmp_path / "recipe.json").read_text())["steps"] == 2
