@@ -85,6 +85,7 @@ def _with(**changes: Any) -> Trial:
 
 
 _ONE = replace(OURS, unroll=1)
+_LOSSES = replace(_ONE, distribution_weight=0.1, noise=0.1)
 TRIALS = {
     "ours": Trial(),
     "adamw 2e-3": Trial(ADAMW),
@@ -96,7 +97,15 @@ TRIALS = {
     "paper": Trial(PAPER),
     "unroll 1": _with(unroll=1),
     "blocks 1, unroll 1": Trial(_ONE, blocks=1),
-    "paper's losses, our rate and optimizer": _with(distribution_weight=0.1, noise=0.1, unroll=1),
+    "paper's losses, our rate and optimizer": Trial(_LOSSES),
+    "distribution 0.1, unroll 1": Trial(replace(_ONE, distribution_weight=0.1)),
+    "distribution 0.1": _with(distribution_weight=0.1),
+    "paper's losses, our rate and optimizer, 1 block": Trial(_LOSSES, blocks=1),
+    "paper's losses, our rate and optimizer, 3 blocks": Trial(_LOSSES, blocks=3),
+    "paper's losses, distribution 0.03": Trial(replace(_LOSSES, distribution_weight=0.03)),
+    "paper's losses, rate 4e-2": Trial(replace(_LOSSES, learning_rate=4e-2)),
+    "paper's losses, rate 1e-2": Trial(replace(_LOSSES, learning_rate=1e-2)),
+    "paper's losses, adamw 4e-3": Trial(replace(_LOSSES, optimizer="adamw", learning_rate=4e-3)),
     "unroll 2": _with(unroll=2),
     "blocks 3, unroll 1": Trial(_ONE, blocks=3),
     "unroll 1, feature weight 0.1": Trial(replace(_ONE, feature_weight=0.1)),

@@ -109,7 +109,7 @@ PAPER = Recipe(
 )
 """arXiv 2412.18934's recipe, with window and clip of EAGLE's code; the paper names no number of steps."""
 
-_OURS = Recipe(feature_weight=1.0, distribution_weight=1.0, noise=0.0, unroll=3, precision="bf16")
+_OURS = Recipe(feature_weight=1.0, distribution_weight=0.1, noise=0.1, unroll=1, precision="bf16")
 MEASURED_WIDTH, _MUON_RATE, _ADAMW_RATE = 192, 2e-2, 4e-3
 
 
