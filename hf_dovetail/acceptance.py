@@ -14,7 +14,6 @@ from torch import Tensor
 _RANKS = np.array([0, 1, 2, 3])  # groups of ranks; higher ones share the last
 _DEPTHS = np.array([0, 1, 2, 2, 3])  # groups of levels; deeper ones share the last
 _LIMIT = 9  # of log-odds: what is beyond is as good as certain
-_FORGET = 0.98  # per round: what 50 rounds ago was accepted counts a third
 _KEEP = 0.6  # the least that a pause leaves
 _RANK_PRIOR = 0.25  # precision of a rank's shift around none, the draft's word
 _DEPTH_PRIOR = 4.0  # likewise of its shift at a depth around that at all depths
@@ -36,12 +35,15 @@ class Acceptance:
 
     Args:
         levels, ranks: the deepest tree's, and the widest level's.
+        keep: share of what was learned that a round leaves; at 0.98 what 50 rounds ago was accepted counts a third.
+        ordered: whether shifts must not rise with the rank, so that siblings keep their order.
 
     Attributes:
-        shifts: (levels, ranks) float32. They fall with the rank, so that siblings keep their order.
+        shifts: (levels, ranks) float32.
     """
 
-    def __init__(self, levels: int, ranks: int) -> None:
+    def __init__(self, levels: int, ranks: int, keep: float = 0.98, ordered: bool = True) -> None:
+        self._keep, self._ordered = keep, ordered
         self._level_groups = _DEPTHS[np.minimum(np.arange(levels), len(_DEPTHS) - 1)]
         self._rank_groups = _RANKS[np.minimum(np.arange(ranks), len(_RANKS) - 1)]
         groups = _DEPTHS[-1] + 1, _RANKS[-1] + 1
@@ -69,14 +71,14 @@ class Acceptance:
             (self._odds, cells, odds),
             (self._taken, group, accepted),
         ):
-            counts *= max(_FORGET**rounds, _KEEP)
+            counts *= max(self._keep**rounds, _KEEP)
             np.add.at(counts, places, values)
         means = self._odds / np.maximum(self._tried, 1e-9)
         for _ in range(_STEPS):
             self._by_rank += _newton(self._by_rank, 0.0, _RANK_PRIOR, self._tried, means, self._taken, pooled=True)
             self._by_depth += _newton(self._by_depth, self._by_rank, _DEPTH_PRIOR, self._tried, means, self._taken)
-        shifts = np.minimum.accumulate(self._by_depth[self._level_groups][:, self._rank_groups], axis=1)
-        self.shifts = shifts.astype(np.float32)
+        shifts = self._by_depth[self._level_groups][:, self._rank_groups]
+        self.shifts = (np.minimum.accumulate(shifts, axis=1) if self._ordered else shifts).astype(np.float32)
 
 
 def _newton(

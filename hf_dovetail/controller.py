@@ -9,7 +9,8 @@ parameter), whereas the ratio within one round would treat time that is already 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -19,6 +20,7 @@ from .acceptance import Acceptance, corrected
 from .config import TreeShape
 from .costs import Costs
 from .curves import MAX_ROWS
+from .lookup import CLASSES, SAYS, match_class
 from .tree import DraftTree
 
 LARGEST = TreeShape(nodes=MAX_ROWS - 1, depth=19, top_k=10)
@@ -43,11 +45,29 @@ _LOOKAHEAD = 3  # levels that the next one is judged together with; depths beyon
 _RETENTION = (0.7, 1.0)  # of a level's probability in the next, and the weight of this guess, before rounds say more
 
 
+_LOOKED_UP = np.log(SAYS)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What prompt lookup has found behind the answer so far (`lookup.Lookup.continuation`).
+
+    Args:
+        tokens: at most as many as a path may have.
+        match: tokens before them that match; 0 if nothing was found.
+    """
+
+    tokens: Sequence[int] = ()
+    match: int = 0
+
+
 class Experience:
     """What rounds of one kind (greedy or sampled) have shown of one draft on one target; shared by calls."""
 
     def __init__(self) -> None:
         self.acceptance = Acceptance(LARGEST.levels, LARGEST.top_k)
+        self.lookups = Acceptance(LARGEST.levels, CLASSES, keep=0.9, ordered=False)
+        """Of looked-up tokens, by class of match in place of the rank; texts are copied in episodes."""
         self.unverified = 0  # plain rounds since the last tree
         self.probed = 0  # rounds of `PROBE` done
         self.tokens = self.ms = 0.0  # of rounds with a tree: the pace
@@ -87,8 +107,17 @@ class Controller:
         """
         return most
 
-    def choose(self, tree: DraftTree) -> DraftTree:
-        """The part of the tree to verify."""
+    looks_up = False
+    """Whether `choose` wants what prompt lookup finds."""
+
+    def choose(self, tree: DraftTree, found: Found, most: TreeShape) -> DraftTree:
+        """What to verify.
+
+        Args:
+            tree: the draft's; its root alone in rounds without.
+            found: by prompt lookup.
+            most: what the target and the answer allow.
+        """
         return tree
 
     def learn(self, tree: DraftTree, accepted: Accepted, draft_ms: float, verify_ms: float, round_ms: float) -> None:
@@ -112,12 +141,14 @@ class AutoController(Controller):
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         super().__init__(LARGEST)
+        self.looks_up = True
         self._costs, self._experience, self._on_host, self._clock = costs, experience, on_host, clock
         if on_host:
             self.keep_going = self._keep_going
         self._forced = self._looks = False
         self._starts, self._usual = True, LARGEST.levels
         self._plan, self._context, self._waiting = LARGEST, 0, 0
+        self._found, self._own, self._alone = Found(), 0, 0.0
 
     def plan(self, most: TreeShape, context: int, waiting: int, remaining: int) -> TreeShape:
         """The shape to grow in this round; no nodes: decode plainly."""
@@ -136,8 +167,8 @@ class AutoController(Controller):
                 self._forced, self._plan = True, _within(probe, most)
             else:
                 self._plan = self._free(most, waiting, remaining)
-            if self._plan.nodes:
-                self._open()
+            self._looks = self._looks and self._plan.nodes > 0
+            self._open()
             return self._plan
 
     def _look_early(self, waiting: int, remaining: int) -> None:
@@ -241,16 +272,42 @@ class AutoController(Controller):
                 return True
         return False
 
-    def choose(self, tree: DraftTree) -> DraftTree:
-        """The nodes that are worth their verification."""
-        scores = _scores(tree, self.shifts)
+    def choose(self, tree: DraftTree, found: Found, most: TreeShape) -> DraftTree:
+        """The nodes that are worth their verification, the draft's and those that were looked up."""
+        drafted = tree.num_nodes
+        self._found = found = Found() if self._forced else found
+        gains = _gains(tree, self.shifts)
+        if self._plan.nodes and not self._on_host:
+            self._learn_depths(tree, _sums(tree, gains))
+        tree, gains = self._with_found(tree, gains, found, most)
+        scores = _sums(tree, gains)
         order = np.argsort(-scores, kind="stable")
-        chances = np.exp(scores[order])
-        nodes = tree.num_nodes if self._forced else self._best_number(chances)
-        if not self._on_host:
-            self._learn_depths(chances, tree.depths.numpy()[0, 1:][order])
+        chances = np.exp(scores[order[: MAX_ROWS - 1]])
+        nodes = tree.num_nodes if self._forced else min(self._best_number(chances), most.nodes)
+        self._own = int((order[:nodes] < drafted).sum())
         self._expected = 1.0 + float(chances[:nodes].sum())
         return tree.trimmed(nodes, scores[None])
+
+    def _with_found(
+        self, tree: DraftTree, gains: np.ndarray, found: Found, most: TreeShape
+    ) -> tuple[DraftTree, np.ndarray]:
+        """The tree with the looked-up path, and all nodes' log-probabilities given their parents."""
+        self._alone = 0.0
+        if not found.tokens:
+            return tree, gains
+        kind = match_class(found.match)
+        looked_up = corrected(_LOOKED_UP[kind], self._experience.lookups.shifts[: len(found.tokens), kind])
+        paths = np.exp(looked_up.cumsum())[: len(self._rows) - 2]
+        prices = self._plain_pace() * (self._rows[2 : len(paths) + 2] - self._rows[1])
+        self._alone = float((paths.cumsum() - prices).max(initial=0.0))
+        whole, path = tree.with_path(found.tokens)
+        new = whole.num_nodes - tree.num_nodes
+        if most.top_k == 1 and 0 < new != len(path) - tree.num_nodes:
+            return tree, gains  # it would branch, and the target verifies chains only
+        gains = np.concatenate((gains, np.full(new, -np.inf)))
+        places = np.array(path) - 1
+        gains[places] = np.maximum(gains[places], looked_up)
+        return whole, gains
 
     def _best_number(self, chances: np.ndarray) -> int:
         """Nodes worth verifying, of nodes with these chances (N,)."""
@@ -258,11 +315,13 @@ class AutoController(Controller):
         nodes = int(values.argmax())
         return max(nodes, self._look_nodes(len(chances))) if self._looks else nodes
 
-    def _learn_depths(self, chances: np.ndarray, depths: np.ndarray) -> None:
+    def _learn_depths(self, tree: DraftTree, scores: np.ndarray) -> None:
         """Enter what this tree would have been worth with fewer levels, for `_levels_ahead`.
 
         Texts differ more than depths do, so depths are compared within a tree.
         """
+        order = np.argsort(-scores, kind="stable")
+        chances, depths = np.exp(scores[order]), tree.depths.numpy()[0, 1:][order]
         gains, before = self._experience.gains, 0.0
         with self._costs.lock:
             for levels in _DEPTHS:
@@ -283,8 +342,10 @@ class AutoController(Controller):
         drafted, tokens = self._plan.nodes > 0, len(accepted.tokens)
         with self._costs.lock:
             self._learn_costs(tree, tokens, draft_ms, verify_ms, round_ms)
-            if drafted and not accepted.finished:  # what follows an answer's last token was not asked for
-                self._judge(tree, tokens)
+            if not accepted.finished:  # what follows an answer's last token was not asked for
+                self._learn_lookups(accepted.tokens)
+            if drafted and not accepted.finished:
+                self._judge(tree, accepted)
                 self._learn_nodes(tree, accepted)
             elif not drafted:
                 self._experience.wait -= tokens
@@ -305,20 +366,20 @@ class AutoController(Controller):
                 level_ms = 1e3 * (self._times[-1] - self._times[1]) / (len(self._times) - 2)
             costs.learn_draft(self._waiting, levels, draft_ms, level_ms)
 
-    def _judge(self, tree: DraftTree, tokens: int) -> None:
-        """Compare this round with plain decoding; pause trees when they do not pay, resume when a look says so."""
-        experience, costs, plain = self._experience, self._costs, self._plain_pace()
+    def _judge(self, tree: DraftTree, accepted: Accepted) -> None:
+        """Compare this round with one without the draft; pause it when it does not pay, resume when a look says so."""
+        experience, costs, plain, tokens = self._experience, self._costs, self._plain_pace(), len(accepted.tokens)
         extra = costs.tree.value if tree.num_nodes else 0.0
         ms = costs.draft_ms(self._levels_grown()) + float(self._rows[tree.num_nodes + 1]) + costs.overhead.value + extra
         experience.tokens, experience.ms = _PACE * experience.tokens + tokens, _PACE * experience.ms + ms
-        experience.proof = _PROOF * experience.proof + tokens - ms * plain
+        experience.proof = _PROOF * experience.proof + tokens - ms * plain - self._alone
         experience.proofs = _PROOF * experience.proofs + 1
-        advantage = self._expected - ms * plain
+        advantage = self._expected - ms * plain - self._alone
         if self._forced:
             return
-        experience.nodes = _TREND * experience.nodes + (1 - _TREND) * tree.num_nodes
+        experience.nodes = _TREND * experience.nodes + (1 - _TREND) * self._own
         if self._looks:
-            if advantage > 0 and tokens > 1:
+            if advantage > 0 and any(0 < node <= self._own for node in accepted.path):
                 experience.pause, experience.advantage = 0, advantage
                 experience.proof = experience.proofs = 0.0
             else:
@@ -336,23 +397,36 @@ class AutoController(Controller):
         return max(_LONGEST_PAUSE, int(look / _LOOK_SHARE))
 
     def _learn_nodes(self, tree: DraftTree, accepted: Accepted) -> None:
-        """Enter which children of accepted nodes were accepted."""
-        if tree.num_nodes:
-            experience = self._experience
+        """Enter which of the draft's children of accepted nodes were accepted."""
+        if self._own:
+            experience, own = self._experience, slice(self._own)
             kept = np.zeros(tree.num_nodes + 1, dtype=bool)
             kept[list(accepted.path)] = True
-            log_probs, ranks, depths, parents = _nodes(tree)
+            log_probs, ranks, depths, parents = (values[own] for values in _nodes(tree))
             tried = kept[parents]
             experience.acceptance.learn(
-                log_probs[tried], ranks[tried], depths[tried], kept[1:][tried], 1 + experience.unverified
+                log_probs[tried], ranks[tried], depths[tried], kept[1:][own][tried], 1 + experience.unverified
             )
             experience.unverified = 0
+
+    def _learn_lookups(self, tokens: Sequence[int]) -> None:
+        """Compare what was looked up with what came, verified or not."""
+        right: list[bool] = []
+        for looked_up, token in zip(self._found.tokens, tokens, strict=False):
+            right.append(looked_up == token)
+            if not right[-1]:
+                break
+        if right:
+            count, kind = len(right), match_class(self._found.match)
+            log_probs, ranks = np.full(count, _LOOKED_UP[kind]), np.full(count, kind)
+            self._experience.lookups.learn(log_probs, ranks, np.arange(1, count + 1), np.array(right))
 
 
 def _nodes(tree: DraftTree) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Of the proposed nodes, (N,) each: log-probabilities given their parents, ranks among siblings, depths, parents.
 
-    Siblings stand in the order of their probability, and a node is only there with those before it.
+    Siblings stand in the order of their probability, and a node is only there with those before it; what was looked
+    up stands behind all others.
     """
     sums, parents = tree.log_probs.numpy()[0], tree.parents.numpy()[0, 1:]
     log_probs = np.maximum(sums[1:], _IMPOSSIBLE) - np.maximum(sums[parents], _IMPOSSIBLE)
@@ -360,13 +434,16 @@ def _nodes(tree: DraftTree) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
     return np.minimum(log_probs, 0.0), ranks, tree.depths.numpy()[0, 1:], parents
 
 
-def _scores(tree: DraftTree, shifts: np.ndarray) -> np.ndarray:
-    """(N,) corrected log-probabilities of the paths to the proposed nodes; no child's is above its parent's."""
-    log_probs, ranks, depths, parents = _nodes(tree)
-    sums = np.zeros(len(parents) + 1)
-    for node, (parent, gain) in enumerate(
-        zip(parents, corrected(log_probs, shifts[depths - 1, ranks]), strict=True), 1
-    ):
+def _gains(tree: DraftTree, shifts: np.ndarray) -> np.ndarray:
+    """(N,) corrected log-probabilities of the draft's nodes given their parents."""
+    log_probs, ranks, depths, _ = _nodes(tree)
+    return corrected(log_probs, shifts[depths - 1, ranks])
+
+
+def _sums(tree: DraftTree, gains: np.ndarray) -> np.ndarray:
+    """(N,) scores of nodes with these `gains` (N,): those of their paths; no child's is above its parent's."""
+    sums = np.zeros(len(gains) + 1)
+    for node, (parent, gain) in enumerate(zip(tree.parents.numpy()[0, 1:], gains, strict=True), start=1):
         sums[node] = sums[parent] + gain
     return sums[1:]
 

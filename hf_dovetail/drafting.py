@@ -16,8 +16,9 @@ from transformers.utils import logging
 
 from .accept import Accepted
 from .config import TreeShape
-from .controller import Controller
+from .controller import Controller, Found
 from .levels import KeepGoing
+from .lookup import Lookup
 from .stats import GenerationStats
 from .tree import DraftTree
 
@@ -60,12 +61,14 @@ class Drafting:
 
     def __init__(self, drafter: Drafter, controller: Controller, stats: GenerationStats, strict: bool = False) -> None:
         self._drafter, self._controller, self._stats, self._strict = drafter, controller, stats, strict
-        self._waiting = Waiting(drafter, stats)
+        self._waiting, self._lookup = Waiting(drafter, stats), Lookup()
         self._active = controller.largest.nodes > 0
 
     def begin(self, known: Tensor, start: int) -> None:
         """Open the session behind tokens (1, n) that the target has read from position `start` on."""
         with self._guarded():
+            if self._controller.looks_up:
+                self._lookup.extend(known[0].tolist())
             if self._active:
                 self._waiting.begin(known, start)
 
@@ -83,14 +86,14 @@ class Drafting:
             return plain
         controller, waiting = self._controller, self._waiting
         with self._guarded():
-            most = controller.largest.clipped(min(remaining - 1, self._drafter.room(waiting.count)))
-            shape = controller.plan(allowed(most), held, waiting.count, remaining)
-            if shape.nodes == 0:
-                return plain
-            with self._stats.clock("draft_ms"):
-                waiting.commit()
-                tree = self._propose(plain.tokens, shape)
-            return controller.choose(tree)
+            most = allowed(controller.largest.clipped(remaining - 1))
+            shape = controller.plan(most.clipped(self._drafter.room(waiting.count)), held, waiting.count, remaining)
+            tree, found = plain, Found(*self._lookup.continuation(most.levels))
+            if shape.nodes:
+                with self._stats.clock("draft_ms"):
+                    waiting.commit()
+                    tree = self._propose(plain.tokens, shape)
+            return controller.choose(tree, found, most)
         return plain
 
     def _propose(self, root: Tensor, shape: TreeShape) -> DraftTree:
@@ -105,6 +108,8 @@ class Drafting:
         """Keep accepted tokens and features (1, T, h) for the next tree."""
         if self._active:
             self._waiting.add(tokens, features)
+            if self._controller.looks_up:
+                self._lookup.extend(tokens)
 
     def learn(self, tree: DraftTree, accepted: Accepted, draft_ms: float, verify_ms: float, round_ms: float) -> None:
         """Tell the controller what the round took and gave."""

@@ -6,7 +6,7 @@ always has a smaller index. Everything is batch-first; this module knows no mode
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -57,7 +57,8 @@ class DraftTree:
     Args:
         tokens: (B, N) int64; column 0 is the root.
         parents: (B, N) int64; -1 for the root, otherwise smaller than the node's own index.
-        log_probs: (B, N) float32, cumulative log-probability in the draft; 0 for the root.
+        log_probs: (B, N) float32, cumulative log-probability in the draft; 0 for the root, -inf for nodes that are
+            not the draft's.
 
     Raises:
         ValueError: if the shapes differ or a parent does not stand before its child.
@@ -111,6 +112,29 @@ class DraftTree:
         moved = np.where(parents < 0, -1, np.take_along_axis(places, np.maximum(parents, 0), axis=1))
         columns = (self.tokens.numpy(), moved, self.log_probs.numpy())
         return DraftTree(*(torch.from_numpy(column[kept].reshape(len(kept), -1)) for column in columns))
+
+    def with_path(self, tokens: Sequence[int]) -> tuple[DraftTree, list[int]]:
+        """A tree of batch 1 with a path of these tokens from its root, and the nodes of that path.
+
+        Nodes that are there already are used; new ones stand behind all others, with log-probability -inf.
+        """
+        path, node = [], 0
+        for token in tokens:
+            child = self.child(node, token)
+            if child is None:
+                break
+            path.append(child)
+            node = child
+        new = list(tokens[len(path) :])
+        if not new:
+            return self, path
+        places = list(range(self.tokens.shape[1], self.tokens.shape[1] + len(new)))
+        tree = DraftTree(
+            tokens=torch.cat((self.tokens, torch.tensor([new])), dim=1),
+            parents=torch.cat((self.parents, torch.tensor([[node, *places[:-1]]])), dim=1),
+            log_probs=torch.cat((self.log_probs, torch.full((1, len(new)), float("-inf"))), dim=1),
+        )
+        return tree, path + places
 
     @property
     def num_nodes(self) -> int:

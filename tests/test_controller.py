@@ -15,7 +15,7 @@ import torch
 from hf_dovetail import TreeShape
 from hf_dovetail.accept import Accepted
 from hf_dovetail.acceptance import Acceptance, corrected
-from hf_dovetail.controller import LARGEST, PROBE, AutoController, Experience, _nodes, _scores
+from hf_dovetail.controller import LARGEST, PROBE, AutoController, Experience, Found, _gains, _nodes, _sums
 from hf_dovetail.costs import WINDOW, Costs, Estimate
 from hf_dovetail.curves import MAX_ROWS, ROW_POINTS, CostCurves
 from hf_dovetail.decode import Round
@@ -138,7 +138,7 @@ def play(
         shape = controller.plan(LARGEST, 0, 3, remaining)
         levels, tree = 0, DraftTree.root_only(torch.zeros(1, 1, dtype=torch.long))
         if shape.nodes:
-            scores = _scores(r.tree, controller.shifts)
+            scores = _sums(r.tree, _gains(r.tree, controller.shifts))
             levels = 1 if on_host else shape.levels
             while on_host and levels < shape.levels:
                 depths, order = r.tree.depths[0, 1:].sort(stable=True)
@@ -147,7 +147,8 @@ def play(
                 if not controller.keep_going(levels, by_level, depths[:found]):
                     break
                 levels += 1
-            tree = controller.choose(r.grown(levels, scores))
+            tree = r.grown(levels, scores)
+        tree = controller.choose(tree, Found(), LARGEST)
         path = r.path(tree)
         controller.learn(tree, Accepted(path, path, False), 1.0, 1.0, 2.0)
         played.tokens += len(path)
@@ -315,7 +316,7 @@ def test_corrected_scores_keep_trees_whole(seed: int) -> None:
         log_probs[node] = log_probs[parents[node]] - rng.choice([0.0, 1e-7, 0.2]) - 0.5 * ranks[node]
     tree = DraftTree(torch.arange(24)[None], torch.tensor([parents]), torch.from_numpy(log_probs)[None])
     shifts = np.minimum.accumulate(rng.normal(0, 3, (24, 10)).astype(np.float32), axis=1)
-    scores = np.concatenate(([0.0], _scores(tree, shifts)))
+    scores = np.concatenate(([0.0], _sums(tree, _gains(tree, shifts))))
     found, own_ranks, depths, _ = _nodes(tree)
     assert own_ranks.tolist() == ranks[1:]
     for node in range(1, 24):

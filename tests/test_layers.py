@@ -21,6 +21,7 @@ LAYERS = (
         "acceptance",
         "rows",
         "checkpoint",
+        "lookup",
     ),
     ("accept", "cache", "attention", "engines", "weights", "blocks", "levels", "costs", "formats"),
     ("modeling", "probe", "controller", "stats"),

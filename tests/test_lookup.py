@@ -1,0 +1,157 @@
+"""Prompt lookup in the tree: what it finds, how fast it is trusted and mistrusted, and that answers stay the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_auto import at_these_costs
+from test_controller import machine
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_dovetail import TreeShape
+from hf_dovetail.accept import Accepted
+from hf_dovetail.controller import LARGEST, AutoController, Experience, Found
+from hf_dovetail.costs import Costs
+from hf_dovetail.decode import Round
+from hf_dovetail.demo import load_pair
+from hf_dovetail.lookup import CLASSES, SAYS, Lookup, match_class
+from hf_dovetail.tree import DraftTree
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def by_search(tokens: list[int], most: int) -> tuple[list[int], int]:
+    """The same, by looking everywhere."""
+    for place in range(len(tokens) - 1, 1, -1):
+        if tokens[place - 2 : place] == tokens[-2:]:
+            length = 2
+            while length < min(8, place) and tokens[place - 1 - length] == tokens[-1 - length]:
+                length += 1
+            endless = tokens[place:] * most
+            return endless[:most], length
+    return [], 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_it_finds_what_a_search_finds(seed: int) -> None:
+    """Guards the index: the last occurrence, matches that overlap the end, tokens that come in pieces."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 3, 200).tolist()
+    lookup, given, lengths = Lookup(), 0, set()
+    while given < len(tokens):
+        step = int(rng.integers(1, 5))
+        lookup.extend(tokens[given : given + step])
+        given = min(given + step, len(tokens))
+        for most in (0, 1, 7, 20):
+            expected = by_search(tokens[:given], most) if most else ([], 0)
+            assert lookup.continuation(most) == expected
+        lengths.add(lookup.continuation(1)[1])
+    assert len(lengths) > 4
+
+
+def test_a_sequence_that_repeats_goes_on_repeating() -> None:
+    lookup = Lookup()
+    lookup.extend([9, 1, 2, 3, 1, 2])
+    assert lookup.continuation(7) == ([3, 1, 2, 3, 1, 2, 3], 2)
+    assert Lookup().continuation(5) == ([], 0)
+    assert [match_class(n) for n in range(2, 9)] == [3, 2, 1, 1, 0, 0, 0]
+    assert len(SAYS) == CLASSES == 4
+
+
+def rounds_of(controller: AutoController, count: int, right: bool) -> list[int]:
+    """Sizes of trees in rounds without a draft, in which six looked-up tokens are all right, or all wrong."""
+    sizes = []
+    for _ in range(count):
+        controller.plan(TreeShape(0, 0, 10), 0, 0, 1000)
+        root = DraftTree.root_only(torch.zeros(1, 1, dtype=torch.long))
+        tree = controller.choose(root, Found([5, 6, 7, 8, 9, 10], 3), LARGEST)
+        sizes.append(tree.num_nodes)
+        path = tuple(range(tree.num_nodes + 1)) if right else (0,)
+        tokens = (5, 6, 7, 8, 9, 10, 11)[: len(path)] if right else (40,)
+        controller.learn(tree, Accepted(path, tokens, False), 0.0, 10.0, 10.0)
+    return sizes
+
+
+def test_it_is_trusted_while_it_is_right() -> None:
+    """Also where no tree of the draft pays; and learned from what comes, though nothing of it is verified."""
+    curves, experience = machine("linear", "slow"), Experience()
+    controller = AutoController(Costs(curves, learns=False), experience, clock=lambda: 0.0)
+    assert rounds_of(controller, 20, True)[-1] == 6
+    wrong = rounds_of(controller, 60, False)
+    assert wrong[0] == 6
+    assert wrong[-1] == 0
+    back = rounds_of(controller, 60, True)
+    assert back[0] == 0
+    assert back[-1] == 6
+
+
+def test_what_both_propose_is_one_node() -> None:
+    """The looked-up path goes through the draft's nodes and on behind them; each is learned from by itself."""
+    parents = torch.tensor([[-1, 0, 0, 1]])
+    tree = DraftTree(torch.tensor([[1, 5, 8, 6]]), parents, torch.tensor([[0.0, -0.7, -1.2, -1.5]]))
+    whole, path = tree.with_path([5, 6, 7, 3])
+    assert path == [1, 3, 4, 5]
+    assert whole.tokens.tolist() == [[1, 5, 8, 6, 7, 3]]
+    assert whole.parents.tolist() == [[-1, 0, 0, 1, 3, 4]]
+    assert tree.with_path([5, 6]) == (tree, [1, 3])
+    other, path = tree.with_path([6, 5])
+    assert path == [4, 5]
+    assert other.parents[0, 4:].tolist() == [0, 4]
+
+
+def test_a_chain_stays_a_chain() -> None:
+    """Guards targets that cannot verify branches."""
+    controller = AutoController(Costs(machine("flat", "fast"), learns=False), Experience(), clock=lambda: 0.0)
+    chain = DraftTree(torch.tensor([[1, 5, 6]]), torch.tensor([[-1, 0, 1]]), torch.tensor([[0.0, -0.1, -0.2]]))
+    most = TreeShape(20, 19, 1)
+    for tokens, expected in (([5, 6, 7], [5, 6, 7]), ([5, 7], [5, 6]), ([7, 7], [5, 6]), ([5], [5, 6])):
+        controller.plan(most, 0, 3, 1000)
+        tree = controller.choose(chain, Found(tokens, 8), most)
+        assert tree.tokens[0, 1:].tolist() == expected
+        assert tree.parents[0].tolist() == list(range(-1, tree.num_nodes))
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_copied_text_is_cheap_and_the_answer_the_same(sample: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft that is never right, on a text that the target goes on repeating: lookup alone makes rounds long."""
+    target, _, tokenizer = load_pair()
+    draft = tiny.draft_for(target, "untrained")
+    draft.draft_device, draft.tree = "cpu", "auto"
+    at_these_costs(monkeypatch, machine("memory-bound", "medium"), Experience())
+    ids = tokenizer(
+        "".join(f"    if name == 'a{i}':\n        return {i}\n" for i in range(12)), return_tensors="pt"
+    ).input_ids
+    options: dict[str, Any] = {"max_new_tokens": 100, "min_new_tokens": 100, "do_sample": sample}
+    options |= {"temperature": 0.3} if sample else {}
+    plain = tiny.run(target, ids, **options)
+    rates = []
+    for found in (Lookup.continuation, lambda self, most: ([], 0)):
+        monkeypatch.setattr(Lookup, "continuation", found)
+        tiny.assert_same(plain, tiny.run(target, ids, draft, **options))
+        rates.append(draft.last_stats.tokens_per_round)
+    assert rates[0] > 1.3 * rates[1]
+
+
+def test_the_index_starts_with_the_prompt(llama: PreTrainedModel, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the first round: what follows the prompt's end is found in the prompt."""
+    draft = tiny.draft_for(llama, "untrained")
+    at_these_costs(monkeypatch, machine("flat", "fast"), Experience())
+    rounds: list[Round] = []
+    draft.tree, draft.watch = "auto", rounds.append
+    first = int(tiny.run(llama, ids, max_new_tokens=1).sequences[0, -1])
+    prompt = torch.cat((ids[:, -1:], torch.tensor([[first, 77, 78, 79]]), ids), dim=1)
+    again = int(tiny.run(llama, prompt, max_new_tokens=1).sequences[0, -1])
+    prompt[0, 1] = again
+    if int(tiny.run(llama, prompt, max_new_tokens=1).sequences[0, -1]) != again:
+        pytest.skip("the prompt's change changed what follows")
+    tiny.run(llama, prompt, draft, max_new_tokens=10)
+    assert [77, 78, 79] in [rounds[0].tree.tokens[0, 1:].tolist()[i : i + 3] for i in range(rounds[0].tree.num_nodes)]
