@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import TreeShape
+from .draws import Choice, SharedDraws
 from .graphs import DeviceRounds
 from .levels import KeepGoing, expand_on_device, expand_on_host
 from .modeling import DovetailAssistantModel
@@ -27,13 +28,24 @@ class DraftSession:
         on_host: whether the host may look at what is found after every level: by default on the CPU only, since
             elsewhere it would stop the host once a level.
         sharpness: what the draft's logits are multiplied by (its inverse temperature), before nodes are compared.
+        draws: of a target that samples, if they can be known; they replace the sharpness.
+
+    Attributes:
+        noise_bytes: of the draws' noise that went to the draft's device so far.
     """
 
     def __init__(
-        self, draft: DovetailAssistantModel, capacity: int = 0, on_host: bool | None = None, sharpness: float = 1.0
+        self,
+        draft: DovetailAssistantModel,
+        capacity: int = 0,
+        on_host: bool | None = None,
+        sharpness: float = 1.0,
+        draws: SharedDraws | None = None,
     ) -> None:
         self._draft, self._device = draft, draft.device
         self._on_host = self._device.type == "cpu" if on_host is None else on_host
+        self._draws, self.noise_bytes = draws, 0
+        sharpness = sharpness if draws is None else 1.0
         self._rounds = DeviceRounds(draft, capacity, sharpness) if draft.reads_features and not self._on_host else None
         if self._rounds is not None:
             self._steps = self._rounds.steps
@@ -83,18 +95,31 @@ class DraftSession:
         """
         tokens, features = self._tokens, self._features
         self._tokens, self._features = tokens[:, :0], None
+        choice = self._choice(shape.levels)
         # A wrapped LM is the caller's and may keep what it computes; inference tensors would trouble its training.
         with torch.inference_mode() if self._draft.reads_features else torch.no_grad():
             features = None if features is None else self._draft.encode(features)
             if self._rounds is not None:
-                return self._rounds.grow(tokens, features, shape, shifts)
+                return self._rounds.grow(tokens, features, shape, shifts, choice)
             hidden = self._steps.catch_up(tokens, features)
             try:
                 if self._on_host:
-                    candidates = expand_on_host(self._steps, hidden, shape, keep_going, shifts)
+                    candidates = expand_on_host(self._steps, hidden, shape, keep_going, shifts, choice)
                 else:
                     corrections = None if shifts is None else torch.from_numpy(shifts).to(self._device)
-                    candidates = expand_on_device(self._steps, hidden, shape, corrections)
+                    candidates = expand_on_device(self._steps, hidden, shape, corrections, choice)
             finally:
                 self._steps.forget()
             return rerank(candidates, shape.nodes)
+
+    def _choice(self, levels: int) -> Choice | None:
+        """How the target will choose in this round, if that can be known."""
+        draws = self._draws
+        if draws is None or levels == 0:
+            return None
+        draws.catch_up()
+        if self._on_host:
+            return Choice(draws, draws.warpers, draws.sharpness)
+        noise = torch.stack([draws[level] for level in range(levels)])
+        self.noise_bytes += noise.nbytes
+        return Choice(noise.to(self._device), draws.warpers, draws.sharpness)

@@ -30,6 +30,7 @@ class Drafter(Protocol):
 
     device: torch.device
     reads_features: bool
+    noise_bytes: int  # of the target's draws, that went to the draft's device so far
 
     def begin(self, first: Tensor, start: int) -> None:
         """Open the session with the first token (1, 1) the target has read, at position `start`."""
@@ -99,8 +100,9 @@ class Drafting:
     def _propose(self, root: Tensor, shape: TreeShape) -> DraftTree:
         """A tree of this shape under `root`, brought to the host in one copy."""
         stats, shifts = self._stats, self._controller.shifts
+        before = self._drafter.noise_bytes
         packed = self._drafter.propose(shape, self._controller.keep_going, shifts)
-        stats.bytes_to_draft += 0 if shifts is None else shifts.nbytes
+        stats.bytes_to_draft += self._drafter.noise_bytes - before + (0 if shifts is None else shifts.nbytes)
         stats.bytes_to_target += packed.nbytes
         return DraftTree.unpack(root, packed.cpu())
 

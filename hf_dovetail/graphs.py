@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from .blocks import Rotation
 from .config import TreeShape
+from .draws import Choice
 from .levels import expand_on_device, tree_rows
 from .modeling import DovetailAssistantModel
 from .rows import RowBuffer, rounded
@@ -47,7 +48,7 @@ class Inputs:
             self.tokens = torch.zeros(1, _ROWS, dtype=torch.long, device=device)
             self.features = torch.zeros(1, _ROWS, hidden_size, dtype=dtype, device=device)
             self.count, self.held, self.position = torch.zeros(3, 1, dtype=torch.long, device=device)
-        self._shifts: dict[tuple[int, ...], Tensor] = {}
+        self._kept: dict[tuple, Tensor] = {}
 
     def fill(self, tokens: Tensor, features: Tensor, held: int, start: int) -> None:
         """Set the next round's: (1, T) tokens and (1, T, h) features, T at most 16."""
@@ -59,14 +60,13 @@ class Inputs:
         self.held.fill_(held)
         self.position.fill_(start + held)
 
-    def shifts(self, values: np.ndarray | None) -> Tensor | None:
-        """The next round's corrections (levels, ranks) float32, see `acceptance.Acceptance`; one address per shape."""
-        if values is None:
-            return None
-        if values.shape not in self._shifts:
+    def kept(self, values: Tensor) -> Tensor:
+        """The same values at an address of their own, one for each shape and precision."""
+        key = values.shape, values.dtype
+        if key not in self._kept:
             with torch.inference_mode(False):
-                self._shifts[values.shape] = torch.zeros(values.shape, device=self.tokens.device)
-        return self._shifts[values.shape].copy_(torch.from_numpy(values))
+                self._kept[key] = torch.zeros(values.shape, dtype=values.dtype, device=self.tokens.device)
+        return self._kept[key].copy_(values)
 
 
 class FixedSteps:
@@ -130,6 +130,7 @@ def fixed_round(
     shape: TreeShape,
     sharpness: float,
     shifts: Tensor | None,
+    choice: Choice | None,
 ) -> Tensor:
     """One round: the committed rows, the levels of the tree, its re-ranking; (1, 3, N) int32.
 
@@ -146,7 +147,7 @@ def fixed_round(
     root = hidden.index_select(1, inputs.count - 1)  # (1, 1, h)
     end = inputs.held + inputs.count
     steps = FixedSteps(draft, buffer, table, extent, end, inputs.position + inputs.count, sharpness)
-    packed = rerank(expand_on_device(steps, root, shape, shifts), shape.nodes)
+    packed = rerank(expand_on_device(steps, root, shape, shifts, choice), shape.nodes)
     buffer.clear(end + torch.arange(max(_ROWS, tree_rows(shape)), device=rows.device))
     return packed
 
@@ -164,8 +165,8 @@ class Bench:
     """Everything with a fixed address that rounds work on, and the graphs captured over it.
 
     Attributes:
-        graphs: per kind of round (shape, extent, length of the table, sharpness, shape of the shifts), least recently
-            used first: how often it ran as it is, or what was captured.
+        graphs: per kind of round (shape, extent, length of the table, sharpness, what corrects and how the target
+            chooses), least recently used first: how often it ran as it is, or what was captured.
         captures: whether to capture at all; False once it has failed.
     """
 
@@ -243,7 +244,14 @@ class DeviceRounds:
             bench.buffer.states.zero_()
         self._bench, self.steps = bench, FusionSteps(draft, bench.buffer)
 
-    def grow(self, tokens: Tensor, features: Tensor, shape: TreeShape, shifts: np.ndarray | None = None) -> Tensor:
+    def grow(
+        self,
+        tokens: Tensor,
+        features: Tensor,
+        shape: TreeShape,
+        shifts: np.ndarray | None = None,
+        choice: Choice | None = None,
+    ) -> Tensor:
         """Commit rows, (1, T) tokens and (1, T, h) features, and grow a tree: (1, 3, N) int32."""
         draft, bench, steps, sharpness = self._draft, self._bench, self.steps, self._sharpness
         early, start = max(tokens.shape[1] - _ROWS, 0), steps.start
@@ -255,11 +263,15 @@ class DeviceRounds:
         bench.reserve(extent)
         table = draft.rotary.table(start + extent, draft.device, draft.dtype)
         bench.inputs.fill(tokens[:, early:], features[:, early:], held, start)
-        corrections = bench.inputs.shifts(shifts)
+        corrections = None if shifts is None else bench.inputs.kept(torch.from_numpy(shifts))
+        chooses = None if choice is None else replace(choice, log_noise=bench.inputs.kept(choice.log_noise))
+        corrects = None if shifts is None else shifts.shape
         packed = bench.run(
-            (shape, extent, table[0].shape[1], sharpness, None if shifts is None else shifts.shape),
+            (shape, extent, table[0].shape[1], sharpness, corrects, None if choice is None else choice.kind),
             table,
-            lambda: fixed_round(draft, bench.inputs, bench.buffer, table, extent, shape, sharpness, corrections),
+            lambda: fixed_round(
+                draft, bench.inputs, bench.buffer, table, extent, shape, sharpness, corrections, chooses
+            ),
         )
         steps.held += count
         return packed

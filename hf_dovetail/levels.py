@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .acceptance import corrected
 from .config import TreeShape
+from .draws import Choice
 from .tree import Candidates
 
 KeepGoing = Callable[[int, Tensor, Tensor], bool]
@@ -53,12 +54,22 @@ def tree_rows(shape: TreeShape) -> int:
     return max(shape.levels - 1, 0) * min(shape.top_k, shape.nodes)
 
 
-def best_continuations(stepper: Stepper, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and tokens of the `count` likeliest continuations of each row, (T, count) each."""
-    log_probs = stepper.logits(hidden)[0].log_softmax(dim=-1)
+def best_continuations(
+    stepper: Stepper, hidden: Tensor, count: int, level: int = 0, choice: Choice | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and tokens of the `count` likeliest continuations of each row, (T, count) each.
+
+    With a `choice`: those that the target is likeliest to draw at this level (0: after the root).
+    """
+    logits = stepper.logits(hidden)[0]
+    if choice is not None:
+        logits = choice.perturbed(logits, level, stepper.target_ids)
+    log_probs = logits.log_softmax(dim=-1)
     values, tokens = log_probs.topk(min(count, log_probs.shape[-1]), dim=-1)
     tokens = tokens if stepper.target_ids is None else stepper.target_ids[tokens]
-    return values.nan_to_num(nan=float("-inf")), tokens  # an overflow costs acceptance, not the answer
+    return values.nan_to_num(
+        nan=float("-inf"), neginf=float("-inf")
+    ), tokens  # an overflow costs acceptance, not the answer
 
 
 def expand_on_host(
@@ -67,6 +78,7 @@ def expand_on_host(
     shape: TreeShape,
     keep_going: KeepGoing | None = None,
     shifts: np.ndarray | None = None,
+    choice: Choice | None = None,
 ) -> Candidates:
     """All candidates that can enter the tree: `top_k` children of the root, then of the best nodes of each level.
 
@@ -80,9 +92,10 @@ def expand_on_host(
         shape: nodes, depth and width of the tree.
         keep_going: asked after each level; False ends the expansion.
         shifts: (levels, ranks) float32 at least as large as the shape, see `acceptance.Acceptance`.
+        choice: of a target that samples, if its draws are known.
     """
     width = min(shape.top_k, shape.nodes)
-    gains, tokens = (part.numpy()[0] for part in best_continuations(stepper, hidden, width))
+    gains, tokens = (part.numpy()[0] for part in best_continuations(stepper, hidden, width, 0, choice))
     log_probs, scores = gains, _sure(gains, shifts, 0)  # of the nodes to expand: (k,) each
     found = _Found(tokens, log_probs, scores)
     frontier = np.arange(len(gains))
@@ -90,7 +103,8 @@ def expand_on_host(
     visible = np.eye(len(gains), dtype=bool)
     while found.goes_on(keep_going) and found.levels < shape.levels and len(tokens) > 0:
         hidden = stepper.level(torch.from_numpy(tokens).unsqueeze(0), hidden, torch.from_numpy(visible))
-        gains, children = (part.numpy() for part in best_continuations(stepper, hidden, width))  # (k, w)
+        best = best_continuations(stepper, hidden, width, found.levels, choice)
+        gains, children = (part.numpy() for part in best)  # (k, w)
         totals = (scores[:, None] + _sure(gains, shifts, found.levels)).ravel()
         before, sums = found.count, (log_probs[:, None] + gains).ravel()
         found.add(children.ravel(), frontier.repeat(gains.shape[1]), sums, totals)
@@ -103,13 +117,19 @@ def expand_on_host(
     return found.candidates()
 
 
-def expand_on_device(stepper: Stepper, hidden: Tensor, shape: TreeShape, shifts: Tensor | None = None) -> Candidates:
+def expand_on_device(
+    stepper: Stepper,
+    hidden: Tensor,
+    shape: TreeShape,
+    shifts: Tensor | None = None,
+    choice: Choice | None = None,
+) -> Candidates:
     """All candidates of the tree, as `expand_on_host` finds them and those that it leaves out; no host reads.
 
-    `shifts` are on the device.
+    `shifts` and the noise are on the device.
     """
     width, device = min(shape.top_k, shape.nodes), hidden.device
-    log_probs, tokens = best_continuations(stepper, hidden, width)  # (1, w): the frontier
+    log_probs, tokens = best_continuations(stepper, hidden, width, 0, choice)  # (1, w): the frontier
     scores, count = _sure(log_probs, shifts, 0), log_probs.shape[1]
     frontier = torch.arange(count, device=device)
     found = [(tokens, torch.full_like(tokens, -1), log_probs, scores)]
@@ -117,7 +137,7 @@ def expand_on_device(stepper: Stepper, hidden: Tensor, shape: TreeShape, shifts:
     before = 0
     for level in range(1, shape.levels):
         hidden = stepper.level(tokens, hidden, visible)
-        gains, children = best_continuations(stepper, hidden, width)  # (k, w)
+        gains, children = best_continuations(stepper, hidden, width, level, choice)  # (k, w)
         totals = (scores.T + _sure(gains, shifts, level)).view(1, -1)
         sums, children = (log_probs.T + gains).view(1, -1), children.view(1, -1)
         before += found[-1][0].shape[1]

@@ -12,7 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import CandidateGenerator, GenerateDecoderOnlyOutput
+from transformers.generation import (
+    CandidateGenerator,
+    GenerateDecoderOnlyOutput,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
@@ -21,6 +28,7 @@ from .controller import LARGEST, Controller
 from .decode import decode
 from .draft import DraftSession
 from .drafting import Drafting
+from .draws import SharedDraws
 from .learned import Learned, learned_of
 from .levels import KeepGoing
 from .modeling import DovetailAssistantModel
@@ -35,6 +43,9 @@ _MODES = ("greedy_search", "sample", "assisted_generation")
 _OTHER_ASSISTANTS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type")
 SHARPEST = 1.7
 """See `sharpness_of`."""
+_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+COUPLED_SHARPNESS = 1.3
+"""Of drafts that know the target's draws; `SHARPEST`'s counterpart."""
 _PREPARED = ("past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position")
 
 
@@ -46,6 +57,7 @@ class DovetailCandidateGenerator(CandidateGenerator):
         target: the model that verifies.
         capacity: positions to reserve in the draft's cache; a hint.
         sharpness: how much surer the target's choice is than its distribution, see `sharpness_of`.
+        draws: of a target that samples, if they can be known; for drafts on the CPU.
 
     Raises:
         ValueError: if the draft does not fit the target, or was never loaded.
@@ -54,13 +66,18 @@ class DovetailCandidateGenerator(CandidateGenerator):
     requires_model_outputs = True
 
     def __init__(
-        self, draft: DovetailAssistantModel, target: PreTrainedModel, capacity: int = 0, sharpness: float = 1.0
+        self,
+        draft: DovetailAssistantModel,
+        target: PreTrainedModel,
+        capacity: int = 0,
+        sharpness: float = 1.0,
+        draws: SharedDraws | None = None,
     ) -> None:
         self.draft, self.device = draft, draft.meet(target)
         self.reads_features = draft.reads_features
         self.feature_layers = feature_layers(draft.config, target.config)
         self.model_kwargs_overrides = {"output_hidden_states": True} if self.reads_features else {}
-        self.session = DraftSession(draft, capacity, sharpness=sharpness)
+        self.session = DraftSession(draft, capacity, sharpness=sharpness, draws=draws)
         self._known = 0  # tokens of `input_ids` that the session has; for the stock loop
         self._warned = False
 
@@ -77,6 +94,11 @@ class DovetailCandidateGenerator(CandidateGenerator):
     ) -> Tensor:
         """(1, 3, N) int32: the packed tree of a round (`tree.rerank`)."""
         return self.session.grow(shape, keep_going, shifts)
+
+    @property
+    def noise_bytes(self) -> int:
+        """What the noise of the target's draws has taken to the draft's device."""
+        return self.session.noise_bytes
 
     def give_up(self, error: Exception) -> None:
         """Leave the session after a failure, and free what it holds; after a lack of memory the next one is smaller."""
@@ -242,7 +264,8 @@ def dovetail_decoding(
     largest = smaller(shape, assistant_model.setbacks)
     nodes, sharpness = largest.nodes, sharpness_of(generation_config)
     try:
-        drafter = DovetailCandidateGenerator(assistant_model, target, input_ids.shape[1] + nodes, sharpness)
+        capacity, draws = input_ids.shape[1] + nodes, draws_of(target, generation_config, logits_processor, input_ids)
+        drafter = DovetailCandidateGenerator(assistant_model, target, capacity, sharpness, draws)
     except Exception as error:
         if assistant_model.strict or not is_out_of_memory(error):
             raise
@@ -303,6 +326,16 @@ def smaller(shape: TreeShape, setbacks: int) -> TreeShape:
     if setbacks == 0 or shape.nodes == 0:
         return shape
     return TreeShape(max(shape.nodes >> setbacks, 1), shape.depth, max(shape.top_k >> setbacks, 1))
+
+
+def draws_of(
+    target: PreTrainedModel, config: GenerationConfig, processors: LogitsProcessorList, input_ids: Tensor
+) -> SharedDraws | None:
+    """The draws of a target that samples with the CPU's generator."""
+    if not config.do_sample or input_ids.device.type != "cpu":
+        return None
+    warpers = [processor for processor in processors if isinstance(processor, _WARPERS)]
+    return SharedDraws(target.config.get_text_config(decoder=True).vocab_size, warpers, COUPLED_SHARPNESS)
 
 
 def sharpness_of(config: GenerationConfig) -> float:

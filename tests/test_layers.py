@@ -22,6 +22,7 @@ LAYERS = (
         "rows",
         "checkpoint",
         "lookup",
+        "draws",
     ),
     ("accept", "cache", "attention", "engines", "weights", "blocks", "levels", "costs", "formats"),
     ("modeling", "probe", "controller", "stats"),
