@@ -24,7 +24,7 @@ PROMPTS = Path(__file__).parent / "data" / "humaneval_prompts.jsonl"
 
 @pytest.mark.parametrize("size", [7, 101, 4096, 151_936])
 def test_the_draws_of_multinomial_are_known_ahead(size: int) -> None:
-    """Some drawn, some looked at, others drawing in between; a look changes nothing. Those of a token later are wrong."""
+    """Some drawn, some looked at, others drawing in between; a look changes nothing. The next token's are wrong."""
     torch.manual_seed(5)
     draws, logits = SharedDraws(size, (), 1.0), torch.randn(size, generator=torch.Generator().manual_seed(1))
     right = wrong = total = 0

@@ -301,7 +301,7 @@ def test_muon_trains_the_matrices(target, windows, tmp_path: Path) -> None:
         step = trained.layers[0].mlp.up_proj.weight - new_draft(target).layers[0].mlp.up_proj.weight
         singular = torch.linalg.svdvals(step.detach())
         alike[name] = float(singular.median() / singular[0])
-    assert alike["muon"] > 0.5 > 2 * alike["adamw"]
+    assert alike["muon"] > 0.4 > 2 * alike["adamw"], alike
 
 
 def test_top_k_distillation_with_all_tokens_is_the_whole_distribution(target, windows, tmp_path: Path) -> None:
