@@ -2,9 +2,9 @@
 
     python benchmarks/losslessness.py [--prompts 164] [--max-new-tokens 128]
 
-Modes: float32 greedy, float32 sampled under a seed, bfloat16 greedy with eager attention. Every difference is
-recorded with what explains it: at the first differing token, the two candidates' logits in both runs, and the
-spacing of bfloat16 numbers at that size. float32 must show none.
+Modes: the model's own layers in float32, greedy and sampled under a seed, and in bfloat16 with eager attention; and
+prepared targets, whose logits must be the same bit for bit. Every difference is recorded with what explains it: at the
+first differing token, the two candidates' logits in both runs, and the spacing of bfloat16 numbers at that size.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ from common import SHARED, Tally, humaneval_prompts, story_prompts, write
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_dovetail import DovetailAssistantModel, TreeShape
+from hf_dovetail import DovetailAssistantModel, TreeShape, prepare_target
 from hf_dovetail.demo import load_pair, pair_path
 
-MODES: dict[str, dict[str, Any]] = {
-    "fp32_greedy": {"dtype": torch.float32, "attention": "sdpa", "sampling": {"do_sample": False}},
-    "fp32_sampled": {
-        "dtype": torch.float32,
-        "attention": "sdpa",
-        "sampling": {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0},
-    },
-    "bf16_greedy_eager": {"dtype": torch.bfloat16, "attention": "eager", "sampling": {"do_sample": False}},
+GREEDY = {"do_sample": False}
+SAMPLED = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0}
+MODES: dict[str, tuple[torch.dtype, str, str, dict[str, Any]]] = {
+    "fp32_greedy": (torch.float32, "sdpa", "eager", GREEDY),
+    "fp32_sampled": (torch.float32, "sdpa", "eager", SAMPLED),
+    "bf16_greedy_eager": (torch.bfloat16, "eager", "eager", GREEDY),
+    "bf16_greedy_onednn": (torch.bfloat16, "sdpa", "onednn", GREEDY),
+    "bf16_sampled_onednn": (torch.bfloat16, "sdpa", "onednn", SAMPLED),
+    "bf16_sampled_int8": (torch.bfloat16, "sdpa", "int8", SAMPLED),
 }
+"""Precision, attention and engine of the target, and arguments of `generate`."""
 
 
 def compare(
@@ -42,6 +44,7 @@ def compare(
 ) -> dict[str, Any]:
     """Both answers to every prompt, under the same seed."""
     differences, tally, draft.tree = [], Tally(), TreeShape()  # trees in every round, whether they pay or not
+    same_bits = 0
     for index, prompt in enumerate(tqdm(prompts, leave=False)):
         inputs = tokenizer(prompt, return_tensors="pt")
         options = {"max_new_tokens": length, "return_dict_in_generate": True, "output_logits": True, **sampling}
@@ -52,8 +55,11 @@ def compare(
         tally.add(draft.last_stats)
         if not torch.equal(plain.sequences, assisted.sequences):
             differences.append({"prompt": index, **explain(plain, assisted, inputs.input_ids.shape[1])})
+        else:
+            same_bits += torch.equal(torch.cat(plain.logits), torch.cat(assisted.logits))
     identical = len(prompts) - len(differences)
-    return {"tried": len(prompts), "identical": identical, **tally.result(), "differences": differences}
+    found = {"tried": len(prompts), "identical": identical, "logits_identical_bit_for_bit": same_bits}
+    return {**found, **tally.result(), "differences": differences}
 
 
 def explain(plain: Any, assisted: Any, prompt_length: int) -> dict[str, Any]:
@@ -104,15 +110,19 @@ def main() -> None:
         pairs["babyllama pair, stories"] = (baby_llamas, story_prompts())
     results: dict[str, dict[str, Any]] = {}
     for pair, (load, prompts) in pairs.items():
-        for mode, how in MODES.items():
-            models = load(how["dtype"], how["attention"])
-            found = compare(*models, prompts[: arguments.prompts], arguments.max_new_tokens, how["sampling"])
+        for mode, (dtype, attention, engine, sampling) in MODES.items():
+            target, draft, tokenizer = load(dtype, attention)
+            prepare_target(target, engine=engine)
+            chosen = prompts[: arguments.prompts]
+            found = compare(target, draft, tokenizer, chosen, arguments.max_new_tokens, sampling)
             results.setdefault(pair, {})[mode] = found
             print(
-                f"{pair}: {mode:18} {found['identical']} of {found['tried']} identical, "
+                f"{pair}: {mode:19} {found['identical']} of {found['tried']} identical, "
+                f"{found['logits_identical_bit_for_bit']} with the same bits, "
                 f"{found['tokens_per_round']} tokens per round"
             )
-    modes = {mode: {k: str(v) for k, v in how.items()} for mode, how in MODES.items()}
+    names = ("dtype", "attention", "engine", "sampling")
+    modes = {mode: dict(zip(names, map(str, how), strict=True)) for mode, how in MODES.items()}
     write("losslessness", {"modes": modes, "max_new_tokens": arguments.max_new_tokens, "results": results})
 
 

@@ -7,6 +7,7 @@ of transformers' eager attention, for one row and for a tree alike, faster than 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "dovetail_sdpa"
-_MOST_ROWS = 64
+MOST_ROWS = 64
+"""A pass with more rows is a prompt's."""
 
 
 def grouped_attention(
@@ -41,7 +43,7 @@ def grouped_attention(
     batch, heads, rows, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
     branches = rows == 1 or attention_mask is not None
-    few = heads != groups and rows <= _MOST_ROWS and branches and not dropout
+    few = heads != groups and rows <= MOST_ROWS and branches and not dropout
     if not few or query.device.type != "cpu" or query.requires_grad:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     folded = query.reshape(batch * groups, -1, width)  # (B G, H/G T, D)
@@ -64,14 +66,20 @@ def _bias(mask: Tensor | None, folded: Tensor, keys: int, share: int) -> Tensor:
     return mask.reshape(batch * groups, share * rows, keys)
 
 
-def switch_on(model: PreTrainedModel) -> str | None:
-    """Let a model that uses sdpa use grouped attention; returns what it used before, or None if nothing changed."""
+def switch_on(model: PreTrainedModel, attention: Callable[..., tuple[Tensor, None]], all_heads: bool) -> str | None:
+    """Let a model that uses sdpa use `attention`; returns what it used before, or None if nothing changed.
+
+    Args:
+        model: the target.
+        attention: transformers' attention interface, like `grouped_attention`.
+        all_heads: whether it is meant for models without grouped heads too.
+    """
     text = model.config.get_text_config(decoder=True)
     before = text._attn_implementation
     heads, groups = getattr(text, "num_attention_heads", 0), getattr(text, "num_key_value_heads", None)
-    if before != "sdpa" or groups in (None, heads):
+    if before != "sdpa" or (groups in (None, heads) and not all_heads):
         return None
-    AttentionInterface.register(NAME, grouped_attention)
+    AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     try:
         model.set_attn_implementation(NAME)

@@ -32,6 +32,13 @@ def kernels_of(model: torch.nn.Module) -> set[type]:
     return {type(kernel.matrix._packed) for kernel in kernels if not kernel.lossless}
 
 
+@has_compiler
+@pytest.mark.skipif(bool(native._INSTRUCTIONS - native.cpu_flags()), reason="this CPU cannot run the kernels")
+def test_the_kernels_compile_where_they_can_run() -> None:
+    """Else the tests of the kernels would be left out, and nobody would notice."""
+    assert native.why_not() is None
+
+
 @available
 @pytest.mark.parametrize("shape", SHAPES)
 def test_eight_bit_products_are_integer_arithmetic(shape: tuple[int, int]) -> None:
@@ -200,7 +207,7 @@ def test_without_the_kernels_int8_goes_on_and_int4_says_why(
 
 def _compile(source: Path, gate: object, results: object) -> None:
     gate.wait()
-    results.put(compiler.library(source, ("-O0", "-shared", "-fPIC")).answer())
+    results.put(compiler.library((source,), ("-O0", "-shared", "-fPIC")).answer())
 
 
 @has_compiler
@@ -218,14 +225,14 @@ def test_processes_that_compile_at_once_all_get_the_library(fresh: pytest.Monkey
     kept = tmp_path / "hf_dovetail" / "native"
     (path,) = kept.iterdir()  # nothing partial is left
     before = path.stat().st_mtime_ns
-    compiler.library(source, ("-O0", "-shared", "-fPIC"))
+    compiler.library((source,), ("-O0", "-shared", "-fPIC"))
     assert path.stat().st_mtime_ns == before
     source.write_text("int answer(void) { return 43; }")
-    assert compiler.library(source, ("-O0", "-shared", "-fPIC")).answer() == 43
+    assert compiler.library((source,), ("-O0", "-shared", "-fPIC")).answer() == 43
     assert len(list(kept.iterdir())) == 2
     source.write_text("int answer(void) { return }")
     with pytest.raises(compiler.CompileError, match="expected expression"):
-        compiler.library(source, ("-O0", "-shared", "-fPIC"))
+        compiler.library((source,), ("-O0", "-shared", "-fPIC"))
 
 
 @available

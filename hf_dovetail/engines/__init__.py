@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .. import grouped
 from ..threads import chosen_threads
-from . import int4, int8, ipex, onednn
+from . import activations, exact, int4, int8, ipex, native, onednn
 
 logger = logging.get_logger(__name__)
 
@@ -96,7 +96,7 @@ def prepare_target(model: PreTrainedModel, engine: str = "auto", vram_budget: st
     for name in _candidates(engine):
         reason = why_not(model) or ENGINES[name].why_not(model)
         if reason is None:
-            _prepared[model] = _Prepared(name, ENGINES[name].prepare(model), grouped.switch_on(model))
+            _prepared[model] = _Prepared(name, ENGINES[name].prepare(model), _switch_on_kernels(model))
             model._apply = partial(_apply, model)
             break
         reasons[name] = reason
@@ -117,6 +117,7 @@ def restore_target(model: PreTrainedModel) -> PreTrainedModel:
         prepared = _prepared[model]
         prepared.undo.undo()
         grouped.switch_off(model, prepared.attention)
+        activations.switch_off(model)
         del _prepared[model], model._apply
     return model
 
@@ -129,6 +130,14 @@ def why_not(model: PreTrainedModel) -> str | None:
     if devices != {"cpu"}:
         return f"its weights are on {', '.join(sorted(devices))}, not on the CPU"
     return None
+
+
+def _switch_on_kernels(model: PreTrainedModel) -> str | None:
+    """Give a prepared model the attention and activations of this machine; returns the attention it had before."""
+    if native.why_not() is not None:
+        return grouped.switch_on(model, grouped.grouped_attention, all_heads=False)
+    activations.switch_on(model)
+    return grouped.switch_on(model, exact.exact_attention, all_heads=True)
 
 
 def _candidates(engine: str) -> list[str]:

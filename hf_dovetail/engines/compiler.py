@@ -23,8 +23,8 @@ class CompileError(Exception):
     """The library cannot be had; the message says why, in one sentence."""
 
 
-def library(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
-    """The shared library of a C source, compiled unless the cache holds it for this source, compiler and flags.
+def library(sources: tuple[Path, ...], flags: tuple[str, ...]) -> ctypes.CDLL:
+    """The shared library of C sources and headers, compiled unless the cache holds it for them and these flags.
 
     Other processes may do the same at the same time: a file appears in the cache complete or not at all.
 
@@ -34,14 +34,15 @@ def library(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
     compiler = _compiler()
     command = [*compiler, *flags]
     version = _run([*compiler, "--version"])
-    described = "\0".join((source.read_text(encoding="utf-8"), *command, version, platform.machine()))
+    texts = (source.read_text(encoding="utf-8") for source in sources)
+    described = "\0".join((*texts, *command, version, platform.machine()))
     path = user_cache() / "native" / f"{hashlib.sha256(described.encode()).hexdigest()[:24]}.so"
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 partial = Path(folder) / path.name
-                _run([*command, str(source), "-o", str(partial)])
+                _run([*command, *(str(source) for source in sources if source.suffix == ".c"), "-o", str(partial)])
                 partial.replace(path)
         return ctypes.CDLL(str(path))
     except OSError as error:

@@ -7,12 +7,9 @@
  * Threads are those of torch's own OpenMP library, whose functions are handed over (dovetail_use_threads): no second
  * library, no second pool.
  */
-#include <immintrin.h>
-#include <stdint.h>
 #include <string.h>
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
-#define INLINE static inline __attribute__((always_inline)) TARGET
+#include "native.h"
 
 enum {
   COLUMNS = 32, /* output channels side by side: two vectors */
@@ -20,9 +17,9 @@ enum {
   CHUNK = 60,   /* rows whose levels are kept at a time */
 };
 
-static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
-static int (*thread_number)(void), (*team_size)(void);
-static void (*barrier)(void);
+void (*dovetail_parallel)(void (*)(void *), void *, unsigned, unsigned);
+int (*dovetail_thread_number)(void), (*dovetail_team_size)(void);
+void (*dovetail_barrier)(void);
 
 typedef struct {
   const void *rows;        /* (count, width), bf16 or fp32 */
@@ -53,26 +50,9 @@ typedef struct { /* a few rows, to be multiplied with a block of columns */
 static long tiles(long count) { return (count + MOST - 1) / MOST; }
 static long tile_begin(long count, long tile) { return count * tile / tiles(count); }
 
-INLINE __m512 widen(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
-
-/* To bf16, to nearest even; not vcvtneps2bf16, which loses denormal numbers and is not on every CPU. NaN stays NaN: it
- * comes from a bf16 number, or is the default one, and has no lower bits that a carry could start from. */
-INLINE __m256i narrow(__m512 values) {
-  __m512i bits = _mm512_castps_si512(values);
-  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
-}
-
 INLINE __m512 round_bf16(__m512 values) { return widen(narrow(values)); }
 
-INLINE __mmask16 first(long count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1); }
-
-INLINE __m512 load_row(const Task *t, long row, long at) {
-  __mmask16 mask = first(t->width - at);
-  if (t->bf16) return widen(_mm256_maskz_loadu_epi16(mask, (const uint16_t *)t->rows + row * t->width + at));
-  return _mm512_maskz_loadu_ps(mask, (const float *)t->rows + row * t->width + at);
-}
+INLINE __m512 load_row(const Task *t, long row, long at) { return load(t->rows, row * t->width + at, t->width - at, t->bf16); }
 
 /* Levels -127..127 of one row, their sums per group, and the row's largest magnitude. Every operation rounds once. */
 TARGET static void quantise_row(const Task *t, long row, long stride, int8_t *levels, int32_t *sums, float *magnitude) {
@@ -100,10 +80,8 @@ TARGET static void quantise_row(const Task *t, long row, long stride, int8_t *le
   }
 }
 
-INLINE void store(const Task *t, long row, long column, __m512 values) {
-  __mmask16 mask = first(t->outputs - column);
-  if (t->bf16) _mm256_mask_storeu_epi16((uint16_t *)t->output + row * t->outputs + column, mask, narrow(values));
-  else _mm512_mask_storeu_ps((float *)t->output + row * t->outputs + column, mask, values);
+INLINE void store_row(const Task *t, long row, long column, __m512 values) {
+  store(t->output, row * t->outputs + column, t->outputs - column, t->bf16, values);
 }
 
 /* Four products per lane are added to `sums`. In assembly, since compilers move the sums from register to register. */
@@ -146,7 +124,7 @@ INLINE void int8_tile(const Task *t, const Tile *tile, const int rows) {
       __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(total[r][v]), scale);
       __m512 magnitude = _mm512_set1_ps(tile->magnitudes[r]);
       if (t->bf16) value = round_bf16(value), magnitude = round_bf16(magnitude);
-      store(t, tile->row + r, tile->column + 16 * v, _mm512_mul_ps(value, magnitude));
+      store_row(t, tile->row + r, tile->column + 16 * v, _mm512_mul_ps(value, magnitude));
     }
   }
 }
@@ -197,7 +175,7 @@ INLINE void int4_tile(const Task *t, const Tile *tile, const int rows) {
   }
   for (int r = 0; r < rows; r++)
     for (int v = 0; v < 2; v++)
-      store(t, tile->row + r, tile->column + 16 * v,
+      store_row(t, tile->row + r, tile->column + 16 * v,
             _mm512_mul_ps(value[r][v], _mm512_set1_ps(tile->magnitudes[r] * (1.0f / 127.0f))));
 }
 
@@ -216,12 +194,12 @@ TARGET static void run_tile(const Task *t, const Tile *tile, long rows) {
 /* One thread's share: rows to quantise, then blocks of columns. */
 TARGET static void work(void *argument) {
   const Task *t = argument;
-  const long number = t->threads > 1 ? thread_number() : 0, threads = t->threads > 1 ? team_size() : 1;
+  const long number = t->threads > 1 ? dovetail_thread_number() : 0, threads = t->threads > 1 ? dovetail_team_size() : 1;
   const long blocks = (t->outputs + COLUMNS - 1) / COLUMNS, groups = t->inputs / t->group;
   const long steps = t->inputs / (t->four ? 8 : 4);
   for (long done = 0; done < t->count; done += CHUNK) {
     const long count = t->count - done < CHUNK ? t->count - done : CHUNK;
-    if (done && threads > 1) barrier();
+    if (done && threads > 1) dovetail_barrier();
     for (long tile = 0; tile < tiles(count); tile++) {
       const long begin = tile_begin(count, tile), rows = tile_begin(count, tile + 1) - begin;
       for (long r = 0; r < rows; r++)
@@ -229,7 +207,7 @@ TARGET static void work(void *argument) {
           quantise_row(t, done + begin + r, rows, t->levels + begin * t->inputs + 4 * r, t->sums + begin * groups + r,
                        t->magnitudes + begin + r);
     }
-    if (threads > 1) barrier();
+    if (threads > 1) dovetail_barrier();
     for (long block = blocks * number / threads; block < blocks * (number + 1) / threads; block++)
       for (long i = 0; i < tiles(count); i++) {
         const long begin = tile_begin(count, i), rows = tile_begin(count, i + 1) - begin;
@@ -250,9 +228,9 @@ TARGET static void work(void *argument) {
 }
 
 void dovetail_use_threads(void *run, void *number, void *size, void *wait) {
-  parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))run;
-  thread_number = (int (*)(void))number, team_size = (int (*)(void))size;
-  barrier = (void (*)(void))wait;
+  dovetail_parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))run;
+  dovetail_thread_number = (int (*)(void))number, dovetail_team_size = (int (*)(void))size;
+  dovetail_barrier = (void (*)(void))wait;
 }
 
 long dovetail_scratch(long inputs, long group) { return CHUNK * (inputs + inputs / group * 4 + 4); }
@@ -269,6 +247,6 @@ void dovetail_product(const void *rows, void *output, const void *weights, const
       .block = four ? inputs / GROUP * (GROUP * COLUMNS / 2 + 4 * COLUMNS) : inputs * COLUMNS,
       .bf16 = bf16, .four = four, .threads = threads,
   };
-  if (threads > 1) parallel(work, (void *)&task, (unsigned)threads, 0);
+  if (threads > 1) dovetail_parallel(work, (void *)&task, (unsigned)threads, 0);
   else work((void *)&task);
 }

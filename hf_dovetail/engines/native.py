@@ -1,7 +1,7 @@
-"""Native products of rows with 8-bit and 4-bit weights: `native.c`, compiled at first use.
+"""The native kernels, compiled at first use, and products of rows with 8-bit and 4-bit weights (`native.c`).
 
-One call quantises the rows, multiplies and rescales, on torch's own OpenMP threads. The 8-bit result has the bits of
-`int8.OneDnnInt8`.
+They run on torch's own OpenMP threads. One product quantises the rows, multiplies and rescales; the 8-bit result has
+the bits of `int8.OneDnnInt8`. The other kernels are called by `exact` and `activations`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .compiler import CompileError, library
 GROUP = 32
 """Input channels of 4-bit weights that share a step and a lowest weight."""
 
-_SOURCE = Path(__file__).with_name("native.c")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.h", "native.c", "attention.c", "activation.c"))
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=off", f"-DGROUP={GROUP}")
 _COLUMNS = 32  # output channels of a block; COLUMNS in the source
 _INPUTS = 16  # 8-bit rows are padded to a multiple
@@ -36,17 +36,17 @@ _thread = threading.local()  # .scratch: memory for quantised rows
 
 def why_not() -> str | None:
     """Why the native kernels cannot be used here, or None; the first call compiles them."""
-    return _loaded()[1]
+    return loaded()[1]
 
 
-def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
+def loaded() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or None and the reason why there is none."""
     with _lock:
         return _load()
 
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library, or the reason why there is none."""
     system = platform.system(), platform.machine()
     if system != ("Linux", "x86_64"):
         return None, f"the native kernels are for Linux on x86-64, not for {' on '.join(system)}"
@@ -54,7 +54,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if missing:
         return None, f"this CPU has no AVX512-VNNI (missing: {', '.join(sorted(missing))})"
     try:
-        found = library(_SOURCE, _FLAGS)
+        found = library(_SOURCES, _FLAGS)
         openmp = [ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p) for name in _THREADING]
     except CompileError as error:
         return None, str(error)
@@ -66,6 +66,11 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     found.dovetail_scratch.argtypes, found.dovetail_scratch.restype = [size, size], size
     found.dovetail_product.argtypes = [number] * 5 + [size] * 4 + [ctypes.c_int] * 3
     found.dovetail_product.restype = None
+    found.dovetail_attention_scratch.argtypes, found.dovetail_attention_scratch.restype = [size, size], size
+    found.dovetail_attention.argtypes = [number] * 8 + [ctypes.c_float] + [ctypes.c_int] * 3
+    found.dovetail_attention.restype = None
+    found.dovetail_activation.argtypes = [number] * 2 + [size] * 3 + [ctypes.c_float] * 2 + [ctypes.c_int] * 2
+    found.dovetail_activation.restype = None
     return found, None
 
 
@@ -82,7 +87,7 @@ class _Native:
     """Packed weights (N, K) and the call that multiplies rows with them."""
 
     def __init__(self, blocks: Tensor, scales: Tensor | None, outputs: int, width: int, inputs: int) -> None:
-        found, reason = _loaded()
+        found, reason = loaded()
         if found is None:
             raise RuntimeError(reason)
         self._blocks, self._scales = blocks, scales
@@ -105,7 +110,7 @@ class _Native:
             rows.data_ptr(),
             output.data_ptr(),
             *self._addresses,
-            _scratch(self._scratch),
+            scratch(self._scratch),
             count,
             width,
             self._inputs,
@@ -117,7 +122,7 @@ class _Native:
         return output
 
 
-def _scratch(size: int) -> int:
+def scratch(size: int) -> int:
     """The address of this thread's own memory, at least `size` bytes."""
     held = getattr(_thread, "scratch", None)
     if held is None or len(held) < size:

@@ -1,0 +1,60 @@
+"""Activation functions whose result for a number does not depend on where it stands: `activation.c`.
+
+torch computes the last numbers of a tensor, and of each thread's share, in another way than the vectors before, so that
+the bits of a row depend on the rows beside it. Here they do not.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from . import native
+
+_ALONE = 1 << 15  # numbers below which waking other threads costs more than they save
+_BY_TANH = 2 * math.sqrt(2 / math.pi)
+_GATES = {"silu": (1.0, 0.0), "swish": (1.0, 0.0), "quick_gelu": (1.702, 0.0)} | dict.fromkeys(
+    ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh"), (_BY_TANH, 0.044715 * _BY_TANH)
+)
+_GATE_OF = {type(ACT2FN[name]): gate for name, gate in _GATES.items()}
+"""The a and b of x * sigmoid(x * (a + b * x * x)); (1 + tanh y) / 2 is sigmoid(2 y)."""
+
+
+def switch_on(model: PreTrainedModel) -> None:
+    """Let those activation functions of the model that the kernel knows run on it."""
+    for module in model.modules():
+        known = type(module) in _GATE_OF and not getattr(module, "inplace", False)
+        if known and "forward" not in vars(module):
+            module.forward = partial(_forward, module)
+
+
+def switch_off(model: PreTrainedModel) -> None:
+    """Give the modules their own functions back."""
+    for module in model.modules():
+        if getattr(vars(module).get("forward"), "func", None) is _forward:
+            del module.forward
+
+
+def _forward(module: nn.Module, input: Tensor) -> Tensor:
+    """(..., n) in its own precision; what the kernel does not take, the module computes itself."""
+    supported = input.dtype in (torch.bfloat16, torch.float32) and input.device.type == "cpu" and input.ndim > 0
+    if not supported or input.requires_grad or input.numel() == 0:
+        return type(module).forward(module, input)
+    rows = input.reshape(-1, input.shape[-1])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    output = torch.empty(rows.shape, dtype=rows.dtype)
+    native.loaded()[0].dovetail_activation(
+        rows.data_ptr(),
+        output.data_ptr(),
+        *rows.shape,
+        rows.stride(0),
+        *_GATE_OF[type(module)],
+        rows.dtype == torch.bfloat16,
+        1 if rows.numel() < _ALONE else torch.get_num_threads(),
+    )
+    return output.view(input.shape)

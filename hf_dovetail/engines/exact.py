@@ -1,0 +1,87 @@
+"""Attention whose result for a row does not depend on the tree around it: `attention.c`, in transformers' interface.
+
+A row's result depends, bit for bit, on the keys and values that it sees and on their order alone. With linear layers
+that treat rows alike (`onednn`, `int8`, `int4`), a node of a verified tree gets the bits of plain decoding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..grouped import MOST_ROWS, grouped_attention
+from . import native
+
+_NO_MASK, _BOOL_MASK, _ADDED_MASK = range(3)
+_ALONE = 1 << 17  # products below which waking other threads costs more than they save
+_Sizes, _Steps = ctypes.c_long * 7, ctypes.c_long * 11
+
+
+def exact_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface; what the kernel does not take is left to `grouped_attention`.
+
+    Args:
+        query: (B, H, T, D). key, value: (B, G, S, D), H a multiple of G. attention_mask: (B, 1, T, S) bool or
+            additive, or None.
+
+    Returns:
+        (B, T, H, D) and None.
+    """
+    if dropout or not _takes(query, key, value, attention_mask):
+        return grouped_attention(module, query, key, value, attention_mask, dropout, scaling, **options)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    return _attend(native.loaded()[0], query, key, value, attention_mask, scale), None
+
+
+def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    states = query, key, value
+    if query.shape[2] > MOST_ROWS or (mask is None and query.shape[2] > 1):
+        return False
+    if query.dtype not in (torch.bfloat16, torch.float32) or any(each.dtype != query.dtype for each in states):
+        return False
+    if any(each.device.type != "cpu" or each.stride(3) != 1 or each.requires_grad for each in states):
+        return False
+    if mask is None:
+        return True
+    plain = mask.shape[1] == 1 and mask.stride(3) == 1 and not mask.requires_grad
+    return plain and mask.dtype in (torch.bool, query.dtype)
+
+
+def _attend(
+    kernels: ctypes.CDLL, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    batch, heads, rows, width = query.shape
+    groups, keys, value_width = value.shape[1:]
+    output = torch.empty((batch, rows, heads, value_width), dtype=query.dtype)
+    threads = 1 if batch * heads * rows * keys * width < _ALONE else min(torch.get_num_threads(), batch * heads)
+    kind, address, mask_steps = _NO_MASK, 0, (0, 0)
+    if mask is not None:
+        kind, address = _BOOL_MASK if mask.dtype == torch.bool else _ADDED_MASK, mask.data_ptr()
+        mask_steps = 0 if mask.shape[0] == 1 else mask.stride(0), 0 if mask.shape[2] == 1 else mask.stride(2)
+    kernels.dovetail_attention(
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        address,
+        output.data_ptr(),
+        native.scratch(4 * threads * kernels.dovetail_attention_scratch(keys, width)),
+        _Sizes(batch, heads, groups, rows, keys, width, value_width),
+        _Steps(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mask_steps),
+        scale,
+        kind,
+        query.dtype == torch.bfloat16,
+        threads,
+    )
+    return output
