@@ -71,8 +71,6 @@ def switch_on(model: PreTrainedModel) -> str | None:
     heads, groups = getattr(text, "num_attention_heads", 0), getattr(text, "num_key_value_heads", None)
     if before != "sdpa" or groups in (None, heads):
         return None
-    AttentionInterface.register(NAME, grouped_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
     try:
         model.set_attn_implementation(NAME)
     except ValueError:  # a model that does not take attention from outside
@@ -81,6 +79,11 @@ def switch_on(model: PreTrainedModel) -> str | None:
 
 
 def switch_off(model: PreTrainedModel, before: str | None) -> None:
-    """Give the model its own attention back."""
-    if before is not None:
+    """Give the model its own attention back, unless it was given another one meanwhile."""
+    if before is not None and model.config.get_text_config(decoder=True)._attn_implementation == NAME:
         model.set_attn_implementation(before)
+
+
+# Not by `switch_on`: a copy of a prepared model, in another process, asks for it by name.
+AttentionInterface.register(NAME, grouped_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -97,7 +96,7 @@ def prepare_target(model: PreTrainedModel, engine: str = "auto", vram_budget: st
         reason = why_not(model) or ENGINES[name].why_not(model)
         if reason is None:
             _prepared[model] = _Prepared(name, ENGINES[name].prepare(model), grouped.switch_on(model))
-            model._apply = partial(_apply, model)
+            model._apply = _Apply(model)
             break
         reasons[name] = reason
     if engine not in ("auto", "eager", engine_of(model)):
@@ -137,16 +136,29 @@ def _candidates(engine: str) -> list[str]:
     return [name for name, entry in ENGINES.items() if entry.keeps_precision] if engine == "auto" else [engine]
 
 
-def _apply(model: PreTrainedModel, change: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> PreTrainedModel:
+class _Apply:
     """Stands in for `Module._apply` while a model is prepared: packed weights stay where and what they are.
 
-    Raises:
-        RuntimeError: if the weights would change their device or precision, before anything is changed.
+    It does not keep the model alive, and in a copy of the model it belongs to the copy, which is not prepared.
     """
-    changed = change(torch.empty(0, dtype=model.dtype))
-    if model in _prepared and (changed.dtype, changed.device.type) != (model.dtype, "cpu"):
-        raise RuntimeError(
-            f"this model is prepared for the engine {engine_of(model)} and cannot become {changed.dtype} on "
-            f"{changed.device}; call hf_dovetail.restore_target(model), move it, and prepare it again"
-        )
-    return type(model)._apply(model, change, *args, **kwargs)
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = ref(model)
+
+    def __reduce__(self) -> tuple:
+        return _Apply, (self._model(),)
+
+    def __call__(self, change: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """Apply a change.
+
+        Raises:
+            RuntimeError: if the weights would change their device or precision, before anything is changed.
+        """
+        model = self._model()
+        changed = change(torch.empty(0, dtype=model.dtype, device="cpu"))
+        if model in _prepared and (changed.dtype, changed.device.type) != (model.dtype, "cpu"):
+            raise RuntimeError(
+                f"this model is prepared for the engine {engine_of(model)} and cannot become {changed.dtype} on "
+                f"{changed.device}; call hf_dovetail.restore_target(model), move it, and prepare it again"
+            )
+        return type(model)._apply(model, change, *args, **kwargs)
