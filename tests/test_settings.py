@@ -17,14 +17,9 @@ from hf_dovetail.engines import native
 ENGINES = ["eager", "onednn", "int8", "int4"]
 
 
-@contextmanager
-def default_device() -> Iterator[None]:
+def default_device() -> torch.device:
     """Tensors that nobody placed are nowhere."""
-    torch.set_default_device("meta")
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
+    return torch.device("meta")
 
 
 @contextmanager
