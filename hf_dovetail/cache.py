@@ -116,7 +116,7 @@ class GrowingCache(DynamicCache):
         if list(path) == list(range(len(path))):
             self.truncate(start + len(path))
             return
-        indices = torch.tensor(path)
+        indices = torch.tensor(path, device="cpu")
         for layer in self.layers:
             layer.keep(start, indices)
 

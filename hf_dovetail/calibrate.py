@@ -79,7 +79,7 @@ def _advance(bar: tqdm, share: float) -> Callable[[float], None]:
 def _ids(model: PreTrainedModel, count: int) -> Tensor:
     """(1, count) token ids that do not depend on any random generator."""
     size = model.config.get_text_config(decoder=True).vocab_size
-    return (torch.arange(count) * 7919 % size).unsqueeze(0)
+    return (torch.arange(count, device="cpu") * 7919 % size).unsqueeze(0)
 
 
 def _prefilled(target: PreTrainedModel, draft: DovetailAssistantModel) -> tuple[Target, Tensor | None]:
@@ -151,14 +151,15 @@ def _fill(verifier: Target, context: int) -> None:
 
 def timed_tree(rows: int, vocab_size: int) -> DraftTree:
     """A tree of so many rows, root included: two children at each node, as wide as real ones."""
-    tokens = (torch.arange(rows) * 31 % vocab_size).unsqueeze(0)
-    parents = ((torch.arange(rows) - 1) // 2).unsqueeze(0)
-    return DraftTree(tokens, parents.clamp(min=-1), -torch.arange(rows, dtype=torch.float32).unsqueeze(0))
+    tokens = (torch.arange(rows, device="cpu") * 31 % vocab_size).unsqueeze(0)
+    parents = ((torch.arange(rows, device="cpu") - 1) // 2).unsqueeze(0)
+    return DraftTree(tokens, parents.clamp(min=-1), -torch.arange(rows, dtype=torch.float32, device="cpu")[None])
 
 
 def _chain(rows: int, vocab_size: int) -> DraftTree:
-    tokens = (torch.arange(rows) * 31 % vocab_size).unsqueeze(0)
-    return DraftTree(tokens, torch.arange(-1, rows - 1).unsqueeze(0), -torch.arange(rows, dtype=torch.float32)[None])
+    tokens = (torch.arange(rows, device="cpu") * 31 % vocab_size).unsqueeze(0)
+    parents = torch.arange(-1, rows - 1, device="cpu").unsqueeze(0)
+    return DraftTree(tokens, parents, -torch.arange(rows, dtype=torch.float32, device="cpu")[None])
 
 
 def _made(verifier: Target, rows: int) -> DraftTree:

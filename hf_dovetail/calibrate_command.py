@@ -75,6 +75,7 @@ def plot(curves: CostCurves, path: Path, pyplot: Any) -> None:
     left.legend()
     levels = range(1, 12)
     right.plot(levels, [curves.first_ms + (n - 1) * curves.level_ms for n in levels], marker="o", color="tab:green")
+    right.set_xticks(levels)
     right.set(title="Draft: one tree", xlabel="levels", ylabel="ms", ylim=(0, None))
     for axes in (left, right):
         axes.grid(alpha=0.3)

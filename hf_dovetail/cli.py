@@ -76,7 +76,10 @@ def _generate(arguments: argparse.Namespace) -> None:
     from .modeling import DovetailAssistantModel
 
     tokenizer = AutoTokenizer.from_pretrained(existing(arguments.target))
-    target = prepare_target(AutoModelForCausalLM.from_pretrained(arguments.target, dtype="auto"), arguments.engine)
+    target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype="auto")
+    if isinstance(target, DovetailAssistantModel):
+        raise ValueError(f"--target {arguments.target} is a draft; give the model that it drafts for")
+    prepare_target(target, arguments.engine)
     draft = DovetailAssistantModel.from_pretrained(existing(arguments.draft), dtype="auto")
     inputs = tokenizer(arguments.prompt, return_tensors="pt")
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)

@@ -127,7 +127,7 @@ def report(
             "(the draft works on the target's own device here; the method is made for a large target and a GPU draft)"
         )
     if result.fullest is not None:
-        lines.append("the tree of the fullest round (* accepted, with the draft's probability of the path):")
+        lines.append("the tree of the fullest round (* accepted; with the draft's probability of the path):")
         accepted = result.fullest.accepted.path[1:]
         lines.append(result.fullest.tree.draw(lambda token: tokenizer.decode([token]), accepted))
     return "\n".join(lines)

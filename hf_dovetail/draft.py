@@ -97,7 +97,8 @@ class DraftSession:
         self._tokens, self._features = tokens[:, :0], None
         choice = self._choice(shape.levels)
         # A wrapped LM is the caller's and may keep what it computes; inference tensors would trouble its training.
-        with torch.inference_mode() if self._draft.reads_features else torch.no_grad():
+        computes = torch.inference_mode() if self._draft.reads_features else torch.no_grad()
+        with computes, torch.autocast(self._device.type, enabled=False):  # the user's; a draft has its own precision
             features = None if features is None else self._draft.encode(features)
             if self._rounds is not None:
                 return self._rounds.grow(tokens, features, shape, shifts, choice)

@@ -82,7 +82,7 @@ class Drafting:
             remaining: tokens that the answer may still get.
             allowed: the part of a shape that the target can verify.
         """
-        plain = DraftTree.root_only(torch.tensor([[root]]))
+        plain = DraftTree.root_only(torch.tensor([[root]], device="cpu"))
         if not self._active:
             return plain
         controller, waiting = self._controller, self._waiting
@@ -167,7 +167,7 @@ class Waiting:
 
     def commit(self) -> None:
         """Hand the draft what waits: token ids, and features if it reads them."""
-        tokens = torch.cat((*self._tokens, torch.tensor([self._new])), dim=1)
+        tokens = torch.cat((*self._tokens, torch.tensor([self._new], device="cpu")), dim=1)
         features = self._moved(torch.cat(self._features, dim=1)) if self._drafter.reads_features else None
         self._drafter.commit(self._moved(tokens), features)
         self._tokens, self._new, self._features, self.count = [], [], [], 0

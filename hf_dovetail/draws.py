@@ -63,7 +63,7 @@ class SharedDraws:
 
     def __init__(self, size: int, warpers: Sequence[Warper], sharpness: float) -> None:
         self._size, self.warpers, self.sharpness = size, warpers, sharpness
-        self._generator = torch.Generator()
+        self._generator = torch.Generator(device="cpu")
         self._ahead: deque[tuple[Tensor, Tensor]] = deque()  # the generator's state before a draw, and log q (V,)
 
     def catch_up(self) -> None:
@@ -78,6 +78,7 @@ class SharedDraws:
         """(V,) float16 log q of the `index`-th draw from now; made when it is asked for."""
         while len(self._ahead) <= index:
             state = self._generator.get_state()
-            noise = torch.empty(1, self._size).exponential_(1, generator=self._generator)
+            noise = torch.empty(1, self._size, dtype=torch.float32, device="cpu")
+            noise.exponential_(1, generator=self._generator)
             self._ahead.append((state, noise[0].log_().half()))
         return self._ahead[index][1]

@@ -7,14 +7,11 @@ of transformers' eager attention, for one row and for a tree alike, faster than 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "dovetail_sdpa"
 MOST_ROWS = 64
@@ -64,31 +61,3 @@ def _bias(mask: Tensor | None, folded: Tensor, keys: int, share: int) -> Tensor:
     groups = folded.shape[0] // batch
     mask = mask[..., :keys].unsqueeze(1).expand(batch, groups, share, rows, keys)
     return mask.reshape(batch * groups, share * rows, keys)
-
-
-def switch_on(model: PreTrainedModel, attention: Callable[..., tuple[Tensor, None]], all_heads: bool) -> str | None:
-    """Let a model that uses sdpa use `attention`; returns what it used before, or None if nothing changed.
-
-    Args:
-        model: the target.
-        attention: transformers' attention interface, like `grouped_attention`.
-        all_heads: whether it is meant for models without grouped heads too.
-    """
-    text = model.config.get_text_config(decoder=True)
-    before = text._attn_implementation
-    heads, groups = getattr(text, "num_attention_heads", 0), getattr(text, "num_key_value_heads", None)
-    if before != "sdpa" or (groups in (None, heads) and not all_heads):
-        return None
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    try:
-        model.set_attn_implementation(NAME)
-    except ValueError:  # a model that does not take attention from outside
-        return None
-    return before
-
-
-def switch_off(model: PreTrainedModel, before: str | None) -> None:
-    """Give the model its own attention back."""
-    if before is not None:
-        model.set_attn_implementation(before)

@@ -121,8 +121,14 @@ class DovetailAssistantModel(PreTrainedModel):
         """Draft trees with an ordinary causal LM that has the target's vocabulary; `lm` is shared, not copied.
 
         Raises:
-            ValueError: if `lm` cannot compute branches in one forward pass, or is in training mode.
+            ValueError: if `lm` is no transformers model, cannot compute branches in one forward pass, or is in
+                training mode.
         """
+        if not isinstance(lm, PreTrainedModel):
+            raise ValueError(
+                f"lm is a {type(lm).__name__}, expected a transformers model; of a wrapper (PEFT, torch.compile) give "
+                "the model inside, such as model.merge_and_unload()"
+            )
         if isinstance(lm, cls):
             raise ValueError("this model is a Dovetail draft already; pass it to generate as assistant_model")
         reason = why_not_branching(lm)

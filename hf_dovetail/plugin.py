@@ -214,6 +214,12 @@ def check_request(target: PreTrainedModel, draft: DovetailAssistantModel, mode: 
             f"Dovetail decodes greedily or by sampling, but these arguments ask for {getattr(mode, 'value', mode)} "
             f"(num_beams={config.num_beams}); set num_beams=1, or leave out assistant_model"
         )
+    dola = getattr(config, "dola_layers", None)
+    if dola is not None:
+        raise ValueError(
+            f"dola_layers={dola!r} asks for DoLa, which Dovetail does not decode; leave out one of the "
+            "two, it or assistant_model"
+        )
     for name in _OTHER_ASSISTANTS:
         if getattr(config, name, None):
             raise ValueError(

@@ -46,9 +46,10 @@ def branches_rightly(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def _try(model: PreTrainedModel) -> bool:
-    tokens = torch.arange(1, _PREFIX + len(_PARENTS) + 1).unsqueeze(0) % model.config.get_text_config().vocab_size
+    tokens = torch.arange(1, _PREFIX + len(_PARENTS) + 1, device="cpu").unsqueeze(0)
+    tokens %= model.config.get_text_config().vocab_size
     prefix, nodes = tokens[:, :_PREFIX], tokens[:, _PREFIX:]
-    tree = DraftTree(nodes, torch.tensor([_PARENTS]), torch.zeros(nodes.shape))
+    tree = DraftTree(nodes, nodes.new_tensor([_PARENTS]), torch.zeros_like(nodes, dtype=torch.float32))
     try:
         together = _tree_logits(model, prefix, tree)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -66,7 +67,8 @@ def _tree_logits(model: PreTrainedModel, prefix: Tensor, tree: DraftTree) -> Ten
     positions = torch.arange(_PREFIX, device=device).unsqueeze(0)
     model(input_ids=prefix.to(device), position_ids=positions, past_key_values=cache, use_cache=True)
     slots = (_PREFIX + tree.depths).to(device)
-    allowed = torch.cat((torch.ones(1, slots.shape[1], _PREFIX, dtype=torch.bool), tree.ancestors), dim=-1).to(device)
+    prefixes = tree.ancestors.new_ones(1, slots.shape[1], _PREFIX)
+    allowed = torch.cat((prefixes, tree.ancestors), dim=-1).to(device)
     mask = BranchingMask(model)(allowed, slots, torch.cat((positions, slots), dim=1))
     output = model(
         input_ids=tree.tokens.to(device), position_ids=slots, attention_mask=mask, past_key_values=cache, use_cache=True

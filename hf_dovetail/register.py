@@ -23,6 +23,20 @@ def _is_draft(assistant: Any) -> bool:
     return draft_class is not None and isinstance(assistant, draft_class)
 
 
+def _check_not_wrapped(assistant: Any) -> None:
+    """Refuse a draft inside another module, such as `torch.compile` and PEFT make; transformers takes it for an LM.
+
+    Raises:
+        ValueError: saying what to pass.
+    """
+    for wrapped in ("_orig_mod", "base_model"):
+        inner = getattr(assistant, wrapped, None)
+        if _is_draft(inner) or _is_draft(getattr(inner, "model", None)):
+            raise ValueError(
+                f"assistant_model is a {type(assistant).__name__} around a Dovetail draft; pass the draft itself"
+            )
+
+
 def _patch_generation(module: ModuleType) -> None:
     """Route `generate` calls whose assistant is a Dovetail draft; all others reach the original functions."""
     mixin = module.GenerationMixin
@@ -43,6 +57,8 @@ def _patch_generation(module: ModuleType) -> None:
             from .plugin import check_request
 
             check_request(self, mode_kwargs["assistant_model"], generation_mode, generation_config)
+        else:
+            _check_not_wrapped(mode_kwargs.get("assistant_model"))
         validate(self, generation_mode, generation_config, mode_kwargs)
 
     mixin._assisted_decoding, mixin._validate_generation_mode = assisted_decoding, validate_generation_mode

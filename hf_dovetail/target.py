@@ -240,11 +240,11 @@ class TreeTarget(Target):
         if tree.num_nodes == 0:  # plain decoding: the model makes its own mask, as it would there
             return self._forward(tree, self._causal_mask(1))
         held, rows = self.held, tree.tokens.shape[1]
-        prefix = torch.ones(1, rows, held, dtype=torch.bool)
+        prefix = torch.ones(1, rows, held, dtype=torch.bool, device="cpu")
         if self._prompt_mask is not None:
             prefix[:, :, : self._prompt_mask.shape[1]] = self._prompt_mask
         slots = held + tree.depths
-        keys = torch.cat((torch.arange(held).unsqueeze(0), slots), dim=1)
+        keys = torch.cat((torch.arange(held, device="cpu").unsqueeze(0), slots), dim=1)
         allowed = torch.cat((prefix, tree.ancestors), dim=-1)
         device = self.model.device
         return self._forward(tree, self._branching(allowed.to(device), slots.to(device), keys.to(device)))

@@ -27,7 +27,7 @@ _DATA_HELP = (
 def add_train_parsers(commands: Any) -> None:
     """Add `train` and `capture` to the command line."""
     train = commands.add_parser("train", help="train a draft for a target on text or conversations")
-    _add_data(train)
+    _add_data(train, "folder or name of the target (may be left out with --features)")
     train.add_argument("--features", type=Path, help="folder of captured features, instead of --data")
     train.add_argument("--out", required=True, type=Path, help="folder for the draft; an interrupted run resumes there")
     train.add_argument("--blocks", type=int, default=1, help="decoder blocks of the draft, 1 to 6")
@@ -42,7 +42,7 @@ def add_train_parsers(commands: Any) -> None:
     train.add_argument("--log-with", nargs="+", default=(), help="trackers beside metrics.csv, such as tensorboard")
     train.set_defaults(run=_train)
     capture = commands.add_parser("capture", help="capture a target's features over text, to train drafts from")
-    _add_data(capture)
+    _add_data(capture, "folder or name of the target")
     capture.add_argument("--out", required=True, type=Path, help="folder for the features; a killed run goes on there")
     capture.add_argument("--window", type=int, default=Recipe().window, help="tokens per window (default: %(default)s)")
     capture.add_argument("--batch", type=int, default=8, help="windows per forward pass (default: %(default)s)")
@@ -60,8 +60,8 @@ def existing(name: str) -> str:
     return name
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", help="folder or name of the target (may be left out with --features)")
+def _add_data(parser: argparse.ArgumentParser, target: str) -> None:
+    parser.add_argument("--target", help=target)
     parser.add_argument("--data", nargs="+", default=(), help=_DATA_HELP)
     parser.add_argument("--strict", action="store_true", help="stop at a record that cannot be used; else skip it")
 

@@ -72,25 +72,24 @@ class DraftTree:
         if self.tokens.ndim != 2 or not self.tokens.shape == self.parents.shape == self.log_probs.shape:
             shapes = [tuple(t.shape) for t in (self.tokens, self.parents, self.log_probs)]
             raise ValueError(f"tokens, parents and log_probs of a tree must share one (B, N) shape, got {shapes}")
-        index = torch.arange(self.tokens.shape[1])
+        index = torch.arange(self.tokens.shape[1], device="cpu")
         if not bool((self.parents < index).all()) or not bool((self.parents[:, 1:] >= 0).all()):
             raise ValueError(f"every node's parent must stand before it, got parents {self.parents.tolist()}")
 
     @classmethod
     def unpack(cls, root: Tensor, packed: Tensor) -> DraftTree:
         """The tree under `root` (B, 1) from `rerank`'s packed form (B, 3, N) on the host."""
-        batch = root.shape[0]
-        zeros = torch.zeros(batch, 1)
+        log_probs = packed[:, 2].contiguous().view(torch.float32)
         return cls(
             tokens=torch.cat((root, packed[:, 0].long()), dim=1),
-            parents=torch.cat((torch.full((batch, 1), -1), packed[:, 1].long()), dim=1),
-            log_probs=torch.cat((zeros, packed[:, 2].contiguous().view(torch.float32)), dim=1),
+            parents=torch.cat((torch.full_like(root, -1), packed[:, 1].long()), dim=1),
+            log_probs=torch.cat((log_probs.new_zeros(root.shape), log_probs), dim=1),
         )
 
     @classmethod
     def root_only(cls, root: Tensor) -> DraftTree:
         """The tree that proposes nothing: plain decoding. `root`: (B, 1) int64."""
-        return cls(root, torch.full_like(root, -1), torch.zeros(root.shape))
+        return cls(root, torch.full_like(root, -1), torch.zeros_like(root, dtype=torch.float32))
 
     def trimmed(self, nodes: int, scores: np.ndarray | None = None) -> DraftTree:
         """The tree of the root and its `nodes` best nodes, in their order; of equally good ones, the earlier.
@@ -130,9 +129,9 @@ class DraftTree:
             return self, path
         places = list(range(self.tokens.shape[1], self.tokens.shape[1] + len(new)))
         tree = DraftTree(
-            tokens=torch.cat((self.tokens, torch.tensor([new])), dim=1),
-            parents=torch.cat((self.parents, torch.tensor([[node, *places[:-1]]])), dim=1),
-            log_probs=torch.cat((self.log_probs, torch.full((1, len(new)), float("-inf"))), dim=1),
+            tokens=torch.cat((self.tokens, self.tokens.new_tensor([new])), dim=1),
+            parents=torch.cat((self.parents, self.parents.new_tensor([[node, *places[:-1]]])), dim=1),
+            log_probs=torch.cat((self.log_probs, self.log_probs.new_full((1, len(new)), float("-inf"))), dim=1),
         )
         return tree, path + places
 
@@ -172,7 +171,7 @@ class DraftTree:
         return self.ancestors[row, node].nonzero().flatten().tolist()
 
     def draw(self, decode: Callable[[int], str] = str, accepted: tuple[int, ...] = (), row: int = 0) -> str:
-        """The tree as text, one node a line: token, probability on its path, and a mark on accepted nodes."""
+        """The tree as text, one node a line: token, the draft's probability of its path, a mark on accepted nodes."""
         tokens, parents = self.tokens[row].tolist(), self.parents[row].tolist()
         probabilities = self.log_probs[row].exp().tolist()
         children: dict[int, list[int]] = {}
@@ -182,7 +181,8 @@ class DraftTree:
 
         def visit(node: int, indent: str, branch: str, below: str) -> None:
             mark = " *" if node in accepted else ""
-            share = "" if node == 0 else f"  {probabilities[node]:.2f}"
+            known = self.log_probs[row, node] > float("-inf")
+            share = "" if node == 0 else f"  {probabilities[node]:.2f}" if known else "  looked up"
             lines.append(f"{indent}{branch}{decode(tokens[node])!r}{share}{mark}")
             kids = children.get(node, [])
             for kid in kids:

@@ -238,6 +238,7 @@ REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "attentions": ({"output_attentions": True}, r"output_attentions=True"),
     "hidden_states": ({"output_hidden_states": True}, r"output_hidden_states=True"),
     "prompt_lookup": ({"prompt_lookup_num_tokens": 3}, r"prompt_lookup_num_tokens=3"),
+    "dola": ({"dola_layers": "low"}, r"dola_layers='low'"),
 }
 
 
@@ -248,6 +249,33 @@ def test_what_dovetail_does_not_decode_is_refused_by_name(
     """Guards options that would be swallowed."""
     options, words = REQUESTS[name]
     refuse(llama, noisy, words, **options)
+    tiny.both(llama, noisy, ids)
+
+
+class Wrapper(torch.nn.Module):
+    """Holds a model as PEFT does, and forwards what is asked for."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.base_model = torch.nn.Module()
+        self.base_model.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base_model.model, name)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, Wrapper])
+def test_a_draft_within_another_module_is_refused_by_name(
+    wrap: Any, llama: PreTrainedModel, noisy: DovetailAssistantModel, ids: Tensor
+) -> None:
+    """Guards wrappers, which transformers would take for a language model and fail on."""
+    wrapped = wrap(noisy)
+    refuse(llama, wrapped, f"{type(wrapped).__name__} around a Dovetail draft")
+    with pytest.raises(ValueError, match=f"{type(wrapped).__name__}, expected a transformers model"):
+        DovetailAssistantModel.from_causal_lm(wrap(llama))
     tiny.both(llama, noisy, ids)
 
 

@@ -7,6 +7,7 @@ import io
 import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, pipeline
 
-from hf_dovetail import DovetailAssistantModel, TreeShape, prepare_target, restore_target
+from hf_dovetail import DovetailAssistantModel, TreeShape, grouped, prepare_target, restore_target
 from hf_dovetail.curves import MAX_ROWS
 from hf_dovetail.demo import demo_prompts, load_pair, pair_path
 from hf_dovetail.engines import engine_of
@@ -131,6 +132,9 @@ def test_what_would_break_a_prepared_model_is_refused_and_loses_nothing() -> Non
         lambda: model.half(),
         lambda: model.load_state_dict(load_target().state_dict()),
         lambda: nn.init.zeros_(model.lm_head.weight),
+        lambda: model.model.half(),
+        lambda: model.share_memory(),
+        lambda: model.resize_token_embeddings(model.config.vocab_size + 4),
     ):
         with pytest.raises(RuntimeError, match="restore_target"):
             change()
@@ -138,6 +142,47 @@ def test_what_would_break_a_prepared_model_is_refused_and_loses_nothing() -> Non
     assert model.to("cpu").to(torch.float32) is model  # what a pipeline does
     restore_target(model).to(torch.bfloat16)
     assert model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_a_copy_works_in_another_process(tmp_path: Path) -> None:
+    """Guards what a copied model asks for by name, such as its attention, where nothing was prepared."""
+    model = prepare_target(load_target(), engine=ENGINE)
+    assert model.config._attn_implementation == grouped.NAME
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(model))
+    code = "import pickle, sys, torch\nmodel = pickle.load(open(sys.argv[1], 'rb'))\n"
+    code += "print(model.half()(torch.tensor([[5, 6, 7]])).logits.argmax(-1).tolist())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model.pkl")], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == str(model(torch.tensor([[5, 6, 7]])).logits.argmax(-1).tolist()), done.stderr
+
+
+def test_a_prepared_model_is_freed_with_its_last_reference() -> None:
+    """Guards gigabytes that would wait for the garbage collector."""
+    model = prepare_target(tiny.build("llama"), engine=ENGINE)
+    gone = weakref.ref(model)
+    del model
+    assert gone() is None
+
+
+def test_what_was_changed_meanwhile_stays(ids: torch.Tensor) -> None:
+    """Guards weights, embeddings and attention that the user has set on the prepared model."""
+    model = tiny.build("llama")
+    own = nn.Parameter(torch.zeros_like(model.model.layers[0].mlp.up_proj.weight))
+    original = model.model.layers[1].mlp.up_proj.weight
+    prepare_target(model, engine=ENGINE)
+    model.model.layers[0].mlp.up_proj.weight = own
+    model.set_attn_implementation("eager")
+    model.resize_token_embeddings(tiny.VOCAB + 4)  # new modules, since this model's head is not its embedding
+    logits = model(ids).logits
+    with torch.inference_mode():
+        restore_target(model)
+    assert model.model.layers[0].mlp.up_proj.weight is own
+    assert model.model.layers[1].mlp.up_proj.weight is original
+    assert model.config._attn_implementation == "eager"
+    assert torch.allclose(model(ids).logits, logits, atol=1e-4)
+    model(ids, labels=ids).loss.backward()  # nothing of inference mode is left
+    assert original.grad is not None
 
 
 def test_hooks_pipelines_and_gradients_work_on_a_prepared_model() -> None:

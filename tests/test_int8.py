@@ -1,7 +1,9 @@
 """Engines with 8 and 4 bits: exact integer sums, rows that do not see each other, weights that come back from disk."""
 
+import copy
 import gc
 import json
+import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -215,8 +217,9 @@ def test_weights_come_back_from_the_checkpoint(dtype: torch.dtype, engine: str, 
     before = {name: value.clone() for name, value in target.state_dict().items()}
     for _ in range(2):
         prepare_target(target, engine=engine)
-        with pytest.raises(RuntimeError, match="quantised"):
-            target.state_dict()
+        for copied in (target.state_dict, lambda: copy.deepcopy(target), lambda: pickle.dumps(target)):
+            with pytest.raises(RuntimeError, match="quantised"):
+                copied()
         restore_target(target)
         assert engine_of(target) == "eager"
         after = target.state_dict()

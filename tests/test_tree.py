@@ -142,6 +142,7 @@ def test_draw_shows_every_node_where_it_hangs() -> None:
         f"`- {chr(7)!r}  0.25",
     ]
     assert DraftTree.root_only(torch.tensor([[5]])).draw() == "'5'"
+    assert tree.with_path([7, 4])[0].draw().splitlines()[-2:] == ["`- '7'  0.25", "   `- '4'  looked up"]
 
 
 @pytest.mark.parametrize("name", ["nodes", "depth", "top_k"])

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .. import grouped
 from ..threads import chosen_threads
-from . import activations, exact, int4, int8, ipex, native, onednn
+from . import activations, exact, int4, int8, ipex, onednn
 
 logger = logging.get_logger(__name__)
 
@@ -96,8 +94,9 @@ def prepare_target(model: PreTrainedModel, engine: str = "auto", vram_budget: st
     for name in _candidates(engine):
         reason = why_not(model) or ENGINES[name].why_not(model)
         if reason is None:
-            _prepared[model] = _Prepared(name, ENGINES[name].prepare(model), _switch_on_kernels(model))
-            model._apply = partial(_apply, model)
+            _prepared[model] = _Prepared(name, ENGINES[name].prepare(model), exact.switch_on(model))
+            activations.switch_on(model)
+            model._apply = _Apply(model)
             break
         reasons[name] = reason
     if engine not in ("auto", "eager", engine_of(model)):
@@ -116,7 +115,7 @@ def restore_target(model: PreTrainedModel) -> PreTrainedModel:
     if model in _prepared:
         prepared = _prepared[model]
         prepared.undo.undo()
-        grouped.switch_off(model, prepared.attention)
+        exact.switch_off(model, prepared.attention)
         activations.switch_off(model)
         del _prepared[model], model._apply
     return model
@@ -132,30 +131,35 @@ def why_not(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _switch_on_kernels(model: PreTrainedModel) -> str | None:
-    """Give a prepared model the attention and activations of this machine; returns the attention it had before."""
-    if native.why_not() is not None:
-        return grouped.switch_on(model, grouped.grouped_attention, all_heads=False)
-    activations.switch_on(model)
-    return grouped.switch_on(model, exact.exact_attention, all_heads=True)
-
-
 def _candidates(engine: str) -> list[str]:
     if engine == "eager":
         return []
     return [name for name, entry in ENGINES.items() if entry.keeps_precision] if engine == "auto" else [engine]
 
 
-def _apply(model: PreTrainedModel, change: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> PreTrainedModel:
+class _Apply:
     """Stands in for `Module._apply` while a model is prepared: packed weights stay where and what they are.
 
-    Raises:
-        RuntimeError: if the weights would change their device or precision, before anything is changed.
+    It does not keep the model alive, and in a copy of the model it belongs to the copy, which is not prepared.
     """
-    changed = change(torch.empty(0, dtype=model.dtype))
-    if model in _prepared and (changed.dtype, changed.device.type) != (model.dtype, "cpu"):
-        raise RuntimeError(
-            f"this model is prepared for the engine {engine_of(model)} and cannot become {changed.dtype} on "
-            f"{changed.device}; call hf_dovetail.restore_target(model), move it, and prepare it again"
-        )
-    return type(model)._apply(model, change, *args, **kwargs)
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = ref(model)
+
+    def __reduce__(self) -> tuple:
+        return _Apply, (self._model(),)
+
+    def __call__(self, change: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """Apply a change.
+
+        Raises:
+            RuntimeError: if the weights would change their device or precision, before anything is changed.
+        """
+        model = self._model()
+        changed = change(torch.empty(0, dtype=model.dtype, device="cpu"))
+        if model in _prepared and (changed.dtype, changed.device.type) != (model.dtype, "cpu"):
+            raise RuntimeError(
+                f"this model is prepared for the engine {engine_of(model)} and cannot become {changed.dtype} on "
+                f"{changed.device}; call hf_dovetail.restore_target(model), move it, and prepare it again"
+            )
+        return type(model)._apply(model, change, *args, **kwargs)

@@ -10,7 +10,7 @@ import math
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
@@ -21,16 +21,18 @@ _BY_TANH = 2 * math.sqrt(2 / math.pi)
 _GATES = {"silu": (1.0, 0.0), "swish": (1.0, 0.0), "quick_gelu": (1.702, 0.0)} | dict.fromkeys(
     ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh"), (_BY_TANH, 0.044715 * _BY_TANH)
 )
-_GATE_OF = {type(ACT2FN[name]): gate for name, gate in _GATES.items()}
 """The a and b of x * sigmoid(x * (a + b * x * x)); (1 + tanh y) / 2 is sigmoid(2 y)."""
+_NAME_OF = {type(ACT2FN[name]): name for name in _GATES}
 
 
 def switch_on(model: PreTrainedModel) -> None:
-    """Let those activation functions of the model that the kernel knows run on it."""
+    """Let those activation functions of the model that the kernel knows run on it, where there is one."""
+    if native.why_not() is not None:
+        return
     for module in model.modules():
-        known = type(module) in _GATE_OF and not getattr(module, "inplace", False)
-        if known and "forward" not in vars(module):
-            module.forward = partial(_forward, module)
+        name = _NAME_OF.get(type(module))
+        if name is not None and not getattr(module, "inplace", False) and "forward" not in vars(module):
+            module.forward = partial(_forward, name)
 
 
 def switch_off(model: PreTrainedModel) -> None:
@@ -40,20 +42,21 @@ def switch_off(model: PreTrainedModel) -> None:
             del module.forward
 
 
-def _forward(module: nn.Module, input: Tensor) -> Tensor:
-    """(..., n) in its own precision; what the kernel does not take, the module computes itself."""
+def _forward(name: str, input: Tensor) -> Tensor:
+    """(..., n) in its own precision; what the kernel does not take goes to transformers' function of this name."""
     supported = input.dtype in (torch.bfloat16, torch.float32) and input.device.type == "cpu" and input.ndim > 0
-    if not supported or input.requires_grad or input.numel() == 0:
-        return type(module).forward(module, input)
+    kernels = native.loaded()[0]
+    if kernels is None or not supported or input.requires_grad or input.numel() == 0:
+        return ACT2FN[name](input)
     rows = input.reshape(-1, input.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    output = torch.empty(rows.shape, dtype=rows.dtype)
-    native.loaded()[0].dovetail_activation(
+    output = torch.empty(rows.shape, dtype=rows.dtype, device="cpu")
+    kernels.dovetail_activation(
         rows.data_ptr(),
         output.data_ptr(),
         *rows.shape,
         rows.stride(0),
-        *_GATE_OF[type(module)],
+        *_GATES[name],
         rows.dtype == torch.bfloat16,
         1 if rows.numel() < _ALONE else torch.get_num_threads(),
     )

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from ..grouped import MOST_ROWS, grouped_attention
+from ..grouped import MOST_ROWS, NAME, grouped_attention
 from . import native
 
 _NO_MASK, _BOOL_MASK, _ADDED_MASK = range(3)
@@ -39,10 +41,32 @@ def exact_attention(
     Returns:
         (B, T, H, D) and None.
     """
-    if dropout or not _takes(query, key, value, attention_mask):
+    kernels, given = native.loaded()[0], (query, key, value, attention_mask)
+    if torch.is_autocast_enabled("cpu"):  # what it left in another precision meets here
+        given = [each if each is None or each.dtype == torch.bool else each.to(query.dtype) for each in given]
+    if kernels is None or dropout or not _takes(*given):
         return grouped_attention(module, query, key, value, attention_mask, dropout, scaling, **options)
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    return _attend(native.loaded()[0], query, key, value, attention_mask, scale), None
+    return _attend(kernels, *given, query.shape[3] ** -0.5 if scaling is None else scaling), None
+
+
+def switch_on(model: PreTrainedModel) -> str | None:
+    """Let a model that uses sdpa use `exact_attention`; returns what it used before, or None if nothing changed."""
+    text = model.config.get_text_config(decoder=True)
+    before = text._attn_implementation
+    heads, groups = getattr(text, "num_attention_heads", 0), getattr(text, "num_key_value_heads", None)
+    if before != "sdpa" or (groups in (None, heads) and native.why_not() is not None):
+        return None
+    try:
+        model.set_attn_implementation(NAME)
+    except ValueError:  # a model that does not take attention from outside
+        return None
+    return before
+
+
+def switch_off(model: PreTrainedModel, before: str | None) -> None:
+    """Give the model its own attention back, unless it was given another one meanwhile."""
+    if before is not None and model.config.get_text_config(decoder=True)._attn_implementation == NAME:
+        model.set_attn_implementation(before)
 
 
 def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
@@ -64,7 +88,7 @@ def _attend(
 ) -> Tensor:
     batch, heads, rows, width = query.shape
     groups, keys, value_width = value.shape[1:]
-    output = torch.empty((batch, rows, heads, value_width), dtype=query.dtype)
+    output = torch.empty((batch, rows, heads, value_width), dtype=query.dtype, device="cpu")
     threads = 1 if batch * heads * rows * keys * width < _ALONE else min(torch.get_num_threads(), batch * heads)
     kind, address, mask_steps = _NO_MASK, 0, (0, 0)
     if mask is not None:
@@ -85,3 +109,8 @@ def _attend(
         threads,
     )
     return output
+
+
+# Not by `switch_on`: a copy of a prepared model, in another process, asks for it by name.
+AttentionInterface.register(NAME, exact_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -30,7 +30,7 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         `least + level * step`. Beyond K, the levels repeat the last weight's.
     """
     groups = -(-weight.shape[1] // GROUP)
-    columns = torch.arange(groups * GROUP).clamp_(max=weight.shape[1] - 1)
+    columns = torch.arange(groups * GROUP, device=weight.device).clamp_(max=weight.shape[1] - 1)
     found = []
     for rows in weight.split(max(1, _CHUNK // weight.shape[1])):
         values = rows.float()[:, columns].view(len(rows), groups, GROUP)

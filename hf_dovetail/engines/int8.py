@@ -19,9 +19,10 @@ from .swap import Swap
 logger = logging.get_logger(__name__)
 
 _ZERO_POINT = 128  # of the activations; oneDNN's kernels for signed ones are many times slower
-_SMALLEST = torch.tensor(1e-30)  # magnitude of an all-zero row
-_TOP = torch.tensor(float(LEVELS))
-_ROUND = torch.tensor(1.5 * 2**23 + _ZERO_POINT)  # float32 + this: the rounded integer stands in the lowest byte
+_SMALLEST = torch.tensor(1e-30, dtype=torch.float32, device="cpu")  # magnitude of an all-zero row
+_TOP = torch.tensor(float(LEVELS), dtype=torch.float32, device="cpu")
+_ROUND = torch.tensor(1.5 * 2**23 + _ZERO_POINT, dtype=torch.float32, device="cpu")
+"""float32 + this: the rounded integer stands in the lowest byte."""
 _CHUNK = 2**17  # weights that are float32 at a time
 
 
@@ -51,7 +52,7 @@ class OneDnnInt8:
 
     def __init__(self, levels: Tensor, scales: Tensor) -> None:
         self._packed, self._scales = torch.ops.onednn.qlinear_prepack(levels, None), scales
-        self._zeros = torch.zeros(len(scales), dtype=torch.int64)
+        self._zeros = torch.zeros_like(scales, dtype=torch.int64)
         self.nbytes = levels.nbytes + scales.nbytes
 
     def product(self, rows: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ class Int8Matrix:
         """Quantise a matrix (n, K) and stack it below the others; return its number."""
         scales = weight.abs().amax(1).float().div_(LEVELS)
         scales.masked_fill_(scales == 0, 1.0)
-        levels = torch.empty(weight.shape, dtype=torch.int8)
+        levels = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         step = max(1, _CHUNK // weight.shape[1])
         for begin in range(0, len(weight), step):
             rows = slice(begin, begin + step)
@@ -166,6 +167,7 @@ def _adds_exactly() -> bool:
     """Whether oneDNN's largest possible products add up; without VNNI they are clipped to 16 bits."""
     inputs = 64
     matrix = Int8Matrix(OneDnnInt8)
-    matrix.add(torch.ones(16, inputs))
-    found = matrix.product(torch.ones(2, inputs))
+    ones = torch.ones(16, inputs, dtype=torch.float32, device="cpu")
+    matrix.add(ones)
+    found = matrix.product(ones[:2])
     return bool((found - inputs).abs().max() < 0.01 * inputs)

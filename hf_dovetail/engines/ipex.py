@@ -102,7 +102,7 @@ def _has_known_layout(packed: Tensor, weight: Tensor) -> bool:
     """Whether `_read` finds the matrix's rows; IPEX does not promise a layout, so they are compared."""
     if packed.ndim not in (4, 5) or not packed.is_contiguous():
         return False
-    sample = torch.arange(0, len(weight), max(len(weight) // 67, 1))
+    sample = torch.arange(0, len(weight), max(len(weight) // 67, 1), device=weight.device)
     fits = packed.shape[0] * packed.shape[3] >= len(weight)
     return fits and torch.equal(_bits(_read(packed, sample, weight.shape[1])), _bits(weight[sample]))
 

@@ -105,7 +105,7 @@ class _Native:
         rows = rows.contiguous()
         outputs, width = self._shape
         count, dtype = rows.shape[0], rows.dtype
-        output = torch.empty((count, outputs), dtype=dtype)
+        output = rows.new_empty(count, outputs)
         self._product(
             rows.data_ptr(),
             output.data_ptr(),
@@ -126,7 +126,7 @@ def scratch(size: int) -> int:
     """The address of this thread's own memory, at least `size` bytes."""
     held = getattr(_thread, "scratch", None)
     if held is None or len(held) < size:
-        held = _thread.scratch = torch.empty(size, dtype=torch.uint8)
+        held = _thread.scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
     return held.data_ptr()
 
 

@@ -11,6 +11,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..curves import MAX_ROWS
@@ -43,6 +44,8 @@ class OneDnnKernel:
 
     def linear(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         """(..., K) to (..., N)."""
+        if rows.dtype != self.dtype:  # by autocast
+            return F.linear(rows, self.dense(), bias)
         count = rows.numel() // self.shape[1]
         if count >= self._least or count == 0:
             return _product(rows, self._packed, bias)
@@ -104,9 +107,9 @@ def least_rows(packed: Tensor, shape: torch.Size, dtype: torch.dtype) -> int:
     most differences, so narrow matrices are tried several times.
     """
     if (shape, dtype) not in _LEAST_ROWS:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device="cpu").manual_seed(0)
         tries = min(max(_TRIED_VALUES // shape[0], 1), 16)
-        rows = torch.randn(tries, MAX_ROWS, shape[1], generator=generator).to(dtype)
+        rows = torch.randn(tries, MAX_ROWS, shape[1], generator=generator, dtype=torch.float32, device="cpu").to(dtype)
         results, least = [_product(batch, packed, None) for batch in rows], MAX_ROWS
         while least > 2 and all(
             torch.equal(_product(batch[: least - 1], packed, None), result[: least - 1])
@@ -126,7 +129,7 @@ def _row_view(packed: Tensor, weight: Tensor) -> Tensor | None:
     size = torch.ops.mkldnn._nbytes(packed) // weight.itemsize
     memory = (ctypes.c_char * (size * weight.itemsize)).from_address(torch.ops.mkldnn.data_ptr(packed))
     flat = torch.frombuffer(memory, dtype=weight.dtype)
-    sample = torch.arange(0, outputs, max(outputs // 67, 1))
+    sample = torch.arange(0, outputs, max(outputs // 67, 1), device=weight.device)
     for block in _BLOCKS:
         blocks = math.ceil(outputs / block)
         for group in _GROUPS:

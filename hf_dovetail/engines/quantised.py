@@ -209,6 +209,7 @@ class QuantisedSwap(Swap):
         super().__init__()
         self._model = weakref.ref(model)  # the model's entry among the prepared ones must not keep it alive
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def undo(self) -> None:
         """Give the modules their own parameters back, bit for bit.

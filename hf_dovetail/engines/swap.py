@@ -32,7 +32,8 @@ class _Swapped:
     def undo(self) -> None:
         self.original.data = self.kernel.dense()
         for module in self.owners:
-            module.weight = self.original
+            if isinstance(module.weight, PackedWeight):  # else it has got another one meanwhile, which it keeps
+                module.weight = self.original
 
 
 class Swap:
@@ -74,6 +75,7 @@ class Swap:
         """Whether `undo` gives back the very weights."""
         return all(swapped.kernel.lossless for swapped in self._swapped)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def undo(self) -> None:
         """Give the modules their own parameters back, bit for bit where the kernels are lossless."""
@@ -142,13 +144,7 @@ def _unpack_state(module: nn.Module, state: dict, prefix: str, metadata: object)
     """
     dense: dict[int, Tensor] = {}
     for name, value in state.items():
-        if not isinstance(value, PackedWeight):
-            continue
-        if not value.kernel.lossless:
-            raise RuntimeError(
-                f"{name} is quantised, and saving it would save a changed model; call "
-                "hf_dovetail.restore_target(model) first"
-            )
-        if id(value.kernel) not in dense:
-            dense[id(value.kernel)] = value.kernel.dense()
-        state[name] = dense[id(value.kernel)]
+        if isinstance(value, PackedWeight):
+            if id(value.kernel) not in dense:
+                dense[id(value.kernel)] = value.original()
+            state[name] = dense[id(value.kernel)]
