@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
+from transformers.utils import logging
 
 from .accept import walk
 from .acceptance import Acceptance
@@ -28,12 +29,15 @@ from .target import Context, FeatureTap, Target, TreeTarget, open_target
 from .tree import DraftTree
 from .weights import feature_layers
 
+logger = logging.get_logger(__name__)
+
 _CONTEXTS = (512, 2048)  # beside the prompt's; as far as the model reaches
 _PROMPT = 64  # tokens really computed
 _CAUGHT_UP = 4  # tokens that the draft catches up with in a usual round
 _LEVELS = 5  # of the tree that times a level
 _MOST_REPEATS = 9
 _DRAFT_SHARE = 0.25  # of the budget
+_UNSTEADY = 0.2  # usual distance of a timing from the median, as a share, that other programs must be the cause of
 
 
 @torch.no_grad()
@@ -135,7 +139,20 @@ def _verifications(verifier: Target, budget_s: float, advance: Callable[[float],
             lines.append([_verify_ms(verifier, rows) for rows in ROW_POINTS])
             advance(1 / (repeats * len(contexts)))
         timings[context] = [statistics.median(column) for column in zip(*lines, strict=True)]
+    spread = _spread(lines)
+    if spread > _UNSTEADY:
+        logger.warning(
+            "repeated verifications differ by %.0f %% from each other: other programs keep this machine busy, and the "
+            "curves say little; calibrate again when it is quiet. Until then, rounds correct them",
+            100 * spread,
+        )
     return timings
+
+
+def _spread(lines: list[list[float]]) -> float:
+    """How far repeated timings lie from their median, as a share of it: the median over sizes and repeats."""
+    columns = [(statistics.median(column), column) for column in zip(*lines, strict=True)]
+    return statistics.median(abs(ms - middle) / middle for middle, column in columns for ms in column)
 
 
 def _fill(verifier: Target, context: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_dovetail import DovetailAssistantModel, TreeShape, learned
-from hf_dovetail.calibrate import calibrate
+from hf_dovetail.calibrate import _spread, calibrate
 from hf_dovetail.calibrate_command import add_calibrate_parser, table
 from hf_dovetail.costs import WINDOW
 from hf_dovetail.curves import ROW_POINTS, CostCurves, curves_path, load_curves, save_curves
@@ -216,3 +217,23 @@ def test_the_command_measures_keeps_and_draws(
     assert (tmp_path / "curve.png").stat().st_size > 10_000
     [curves] = [load_curves(path) for path in cache.glob("*.json")]
     assert table(curves) in capsys.readouterr().out
+
+
+def test_a_busy_machine_is_told_from_a_quiet_one(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the user against curves that say nothing; one hiccup, or a slow size, is no busy machine."""
+    messages: list[str] = []
+    monkeypatch.setattr("hf_dovetail.calibrate.logger.warning", lambda text, *values: messages.append(text % values))
+    draft = tiny.draft_for(llama, "noisy")
+    generator = random.Random(0)
+    for slowest, warns in ((1.05, False), (3.0, True)):
+
+        def verify_ms(verifier: object, rows: int, slowest: float = slowest) -> float:
+            return rows * generator.uniform(1.0, slowest)
+
+        monkeypatch.setattr("hf_dovetail.calibrate._verify_ms", verify_ms)
+        calibrate(llama, draft, progress=False, budget_s=0.5, store=False)
+        assert bool(messages) == warns
+    assert "busy" in messages[0]
+    steady = [[1.0, 9.0]] * 8
+    assert _spread([*steady, [7.0, 9.0]]) == 0.0
+    assert _spread([[1.0, 9.0], [2.0, 3.0], [3.0, 15.0]]) == pytest.approx(0.5)

@@ -90,7 +90,7 @@ def test_models_are_prepared_whatever_the_defaults_are(engine: str, llama: PreTr
 
 
 def assert_same_up_to_a_tie(plain: Any, ours: Any) -> None:
-    """The same tokens, up to the first at which plain decoding's bfloat16 logits of both are two steps apart at most."""
+    """The same tokens, up to the first where plain decoding's bfloat16 logits of both are at most two steps apart."""
     different = (plain.sequences != ours.sequences)[0].nonzero()
     if len(different):
         at = int(different[0]) - (plain.sequences.shape[1] - len(plain.logits))
