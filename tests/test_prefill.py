@@ -73,22 +73,24 @@ def logits(model: PreTrainedModel, ids: Tensor, cache: Any = None, **named: Any)
     return output.logits, output.past_key_values
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+EAGER = ("llama", "mistral", "gpt2")
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"), [*((name, None) for name in tiny.FAMILIES), *((n, "eager") for n in EAGER)]
+)
 def test_a_streamed_prompt_gives_the_answer_and_the_cache_of_the_cpu(
-    family: str, attention: str, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+    family: str, attention: str | None, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one block of rows and in several, through prepare_target's own engine, in float32 token for token."""
-    if attention == "sdpa" and family == "gemma2":
-        attention = None  # which has eager attention only
+    """In one block of rows and in several, on prepare_target's own engine, in float32 token for token."""
     model = tiny.build(family, attention=attention)
-    if "mo" in model.config.model_type or "mixtral" in model.config.model_type:
-        monkeypatch.setattr(two_devices, "_STOPS_THE_HOST", set())  # routing tokens to experts looks at them
-    plain = tiny.run(model, LONG, max_new_tokens=8)
+    if hasattr(model.config, "num_experts_per_tok"):  # routing tokens to experts looks at them
+        monkeypatch.setattr(two_devices, "_STOPS_THE_HOST", set())
+    plain = tiny.run(model, LONG, max_new_tokens=4)
     streamed(model)
     for block in (1024, 16):
         monkeypatch.setattr(calls, "BLOCK_ROWS", block)
-        to_device, back, ours = crossed(accelerator, lambda: tiny.run(model, LONG, max_new_tokens=8))
+        to_device, back, ours = crossed(accelerator, lambda: tiny.run(model, LONG, max_new_tokens=4))
         tiny.assert_same(plain, ours)
         tiny.assert_same_cache(plain.past_key_values, ours.past_key_values)
         assert to_device > layer_bytes(model)
@@ -195,7 +197,10 @@ def test_a_conversation_goes_on_behind_a_streamed_prompt(
         return torch.cat((begin[:, 9:], rest), dim=1), cache
 
     def caches() -> tuple:
-        return DynamicCache(config=model.config), DynamicCache(), GrowingCache(num_cache_layers(model.config))
+        recording = DynamicCache(config=model.config)
+        recording.activate_past_recording()  # sliding layers then hold more than a mask counts
+        growing = GrowingCache(num_cache_layers(model.config))
+        return DynamicCache(config=model.config), DynamicCache(), growing, recording
 
     on_cpu = [talk(cache) for cache in caches()]
     streamed(model)
@@ -223,26 +228,23 @@ def failing(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, at: int) 
 def test_a_device_without_memory_leaves_the_prompt_to_the_cpu(
     accelerator: Accelerator, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Wherever in the pass it happens: bit for bit the CPU's logits and cache, one warning, and no second try."""
-    model = tiny.build("llama")
-    earlier = tiny.prompt(5, seed=9)
+    """At whichever copy it happens: bit for bit the CPU's logits and cache, one warning, and no second try."""
+    model, earlier = tiny.build("llama", num_hidden_layers=2), tiny.prompt(5, seed=9)
 
     def talk() -> tuple[Tensor, Any]:
-        cache = logits(model, earlier)[1]
-        return logits(model, LONG, cache)
+        return logits(model, LONG, logits(model, earlier)[1])
 
-    prepare_target(model)
-    prefill.remove(model)
+    prepare_target(model, "onednn")
+    state = streaming_of(model.get_decoder())
+    state.failed = True
     expected, kept = talk()
     at, failures = 0, 0
     while at == failures:
-        at += 1
-        streamed(model, "onednn" if at % 2 else "auto")
+        at, state.failed = at + 1, False
         caplog.clear()
         with pytest.MonkeyPatch.context() as patch:
             failing(accelerator, patch, at)
             _, _, (found, cache) = crossed(accelerator, talk)
-        state = streaming_of(model.get_decoder())
         failures += state.failed
         if state.failed:
             assert torch.equal(found, expected), at
@@ -252,9 +254,12 @@ def test_a_device_without_memory_leaves_the_prompt_to_the_cpu(
             assert crossed(accelerator, talk)[:2] == (0, 0)
             assert [r.levelname for r in caplog.records].count("WARNING") == 1
             assert not state.busy._is_owned()
-        prefill.remove(model)
-        restore_target(model)
-    assert failures > 30
+    assert failures > 20
+    assert not torch.equal(found, expected)  # streamed
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
+    state.failed = True
+    prepare_target(model, "onednn")
+    assert crossed(accelerator, talk)[0] > layer_bytes(model)
 
 
 def test_features_are_those_of_the_pass_that_was_finished(accelerator: Accelerator) -> None:
@@ -375,6 +380,26 @@ def test_weights_are_not_sent_over_those_that_are_still_read(
             link.emptied()
     lane = waits[0][1]
     assert waits == [(computing, lane), (lane, computing), (computing, lane)]
+
+
+@pytest.mark.parametrize("engine", ["eager", pytest.param("onednn", marks=needs_onednn)])
+def test_a_layer_keeps_its_weights_while_the_next_ones_arrive(engine: str, accelerator: Accelerator) -> None:
+    """The device may still compute with them: they are no views of the buffer that is written next."""
+    model = tiny.build("llama")
+    weights = [{name: weight.clone() for name, weight in layer.state_dict().items()} for layer in model.model.layers]
+    prepare_target(model, engine)
+    first, second = list(model.model.layers)[:2]
+    with accelerator:
+        link = upload.Upload(DEVICE, upload.buffer_bytes(passes.sources(first)))
+        link.send(passes.sources(first))
+        there = passes.arrived(first, link)
+        link.send(passes.sources(second))
+        link.receive()
+        for name, weight in weights[0].items():
+            found = there.get_submodule(name.rpartition(".")[0])._parameters["weight"]
+            assert isinstance(found, Remote)
+            assert torch.equal(found.cpu(), weight)
+    assert not torch.equal(weights[0]["mlp.up_proj.weight"], weights[1]["mlp.up_proj.weight"])
 
 
 @pytest.mark.parametrize(

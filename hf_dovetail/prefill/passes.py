@@ -67,24 +67,25 @@ class StreamedPass:
     def __init__(self, streaming: Streaming, decoder: nn.Module) -> None:
         self._streaming, self._decoder = streaming, decoder
         self._layers: list[nn.Module] = []
-        self._next = 0
+        self._next, self._decided = 0, False
         self._link: _Link | None = None
         self._states: DeviceStates | None = None
         self.began = self.broke = False
 
     def takes(self, layer: nn.Module, args: tuple, named: dict[str, Any]) -> bool:
-        """Decided at the first layer for all of them."""
-        if not self._layers:
-            self._layers = list(layers_of(self._decoder))
-            if layer is self._layers[0]:
-                self.began = self._begin(Call.of(layer, args, named))
+        """Decided at the first layer for all of them; every single token of an answer comes this way."""
+        if not self._decided:
+            self._decided = True
+            batch, rows = (args[0] if args else next(iter(named.values()))).shape[:2]
+            if rows > MAX_ROWS and batch * rows >= self._streaming.least_rows:
+                self.began = self._begin(layer, Call.of(layer, args, named))
         return self.began
 
-    def _begin(self, call: Call) -> bool:
-        batch, rows = call.hidden.shape[:2]
-        if rows <= MAX_ROWS or batch * rows < self._streaming.least_rows or call.hidden.device.type != "cpu":
+    def _begin(self, layer: nn.Module, call: Call) -> bool:
+        self._layers = list(layers_of(self._decoder) or ())
+        if not self._layers or layer is not self._layers[0] or unfit(self._layers) is not None:
             return False
-        if call.cache is None or not streamable(call.cache) or unfit(self._layers) is not None:
+        if call.hidden.device.type != "cpu" or call.cache is None or not streamable(call.cache):
             return False
         self.undo = snapshot(call.cache)
         self._streaming.busy.acquire()
