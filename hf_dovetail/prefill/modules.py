@@ -18,7 +18,7 @@ from ..packed import PackedWeight
 def layers_of(decoder: nn.Module) -> nn.ModuleList | None:
     """A decoder's layers: its list of as many modules as its configuration says, or None."""
     config = getattr(decoder, "config", None)
-    count = 0 if config is None else config.get_text_config(decoder=True).num_hidden_layers
+    count = 0 if config is None else getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
     lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
     return next((layers for layers in lists if len(layers) == count > 0), None)
 
