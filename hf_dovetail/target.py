@@ -104,8 +104,7 @@ class FeatureTap:
             hooks.callback(self._decoder.register_forward_hook(_counting(passes)).remove)
             output = forward()
         layers = [_joined(parts, dim=1) for parts in taken]
-        device = output[0].device  # a target may be spread, and a prompt's layers elsewhere for a moment
-        return output, _joined([layer.to(device) for layer in layers], dim=-1)
+        return output, _joined([layer.to(layers[-1].device) for layer in layers], dim=-1)  # a target may be spread
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:
@@ -121,11 +120,12 @@ def _counting(passes: list[None]) -> Callable[..., None]:
 def _hook(module: nn.Module, layer: int, into: list[Tensor], passes: list[None]) -> RemovableHandle:
     """Append what `FeatureTap` takes of `module` in every pass of this thread to `into`."""
     owner = get_ident()
+    on_host = layer >= 0 and next(module.parameters()).device.type == "cpu"
 
     def take(states: Tensor) -> None:
         if get_ident() == owner:  # other threads may run the same model
             del into[len(passes) :]  # of a pass that was begun again, after a failure of a device
-            into.append(states)
+            into.append(states.cpu() if on_host else states)  # a long prompt's are elsewhere for a moment
 
     if layer < 0:
         return module.register_forward_hook(
