@@ -144,7 +144,7 @@ def _first_call(model: PreTrainedModel, rows: int) -> Call:
     """What a pass of `rows` tokens calls the first layer with."""
     decoder, inputs = model.get_decoder(), _Inputs()
     text = model.config.get_text_config(decoder=True)
-    ids = (torch.arange(rows) % text.vocab_size).unsqueeze(0)
+    ids = (torch.arange(rows, device="cpu") % text.vocab_size).unsqueeze(0)
     with _asking(inputs, model):
         decoder.forward(input_ids=ids, past_key_values=DynamicCache(config=text), use_cache=True)
     return inputs.call

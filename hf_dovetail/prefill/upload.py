@@ -153,7 +153,7 @@ def _aligned(count: int) -> int:
 def _page_locked(count: int) -> Tensor | None:
     """Host memory that a device can read by itself, or None where there is none."""
     try:
-        return torch.empty(count, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(count, dtype=torch.uint8, device="cpu", pin_memory=True)
     except RuntimeError:
         return None
 
