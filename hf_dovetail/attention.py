@@ -15,7 +15,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .grouped import NAME as _GROUPED
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-_IMPLEMENTATIONS = ("eager", "sdpa", _GROUPED)
+IMPLEMENTATIONS = ("eager", "sdpa", _GROUPED)
+"""Kinds of attention that read a 4D mask as it is."""
+TESTED_TYPES = frozenset(
+    (
+        *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "olmo2"),
+        *("granite", "cohere", "cohere2", "mixtral", "qwen3_moe"),
+    )
+)
+"""Model types that the tests cover; others are tried first (`probe`)."""
 
 
 class BranchingMask:
@@ -65,8 +73,8 @@ def why_not_branching(model: PreTrainedModel) -> str | None:
     """Why one forward pass of this model cannot hold branches, or None if it can."""
     text: PreTrainedConfig = model.config.get_text_config(decoder=True)
     name = type(model).__name__
-    if text._attn_implementation not in _IMPLEMENTATIONS:
-        return f"{name} uses attn_implementation={text._attn_implementation!r}; branches need one of {_IMPLEMENTATIONS}"
+    if text._attn_implementation not in IMPLEMENTATIONS:
+        return f"{name} uses attn_implementation={text._attn_implementation!r}; branches need one of {IMPLEMENTATIONS}"
     unknown = set(getattr(text, "layer_types", None) or ()) - {_FULL, _SLIDING}
     if unknown:
         return f"{name} has layers of type {sorted(unknown)}; branches need attention layers"

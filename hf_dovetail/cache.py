@@ -6,7 +6,7 @@ buffers. Sliding-window layers keep every position too: the window belongs to th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -161,3 +161,30 @@ def num_cache_layers(config: PreTrainedConfig) -> int:
 def _pad_front(states: Tensor, count: int) -> Tensor:
     """`count` zero positions before (B, H, T, D) states."""
     return torch.nn.functional.pad(states, (0, 0, count, 0)) if count else states
+
+
+def streamable(cache: object) -> bool:
+    """Whether a layer's new states may be computed elsewhere and handed in afterwards (`held_states`, `snapshot`)."""
+    plain = (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer)
+    known = type(cache) in (DynamicCache, GrowingCache) and not cache.offloading
+    return known and all(type(layer) in plain for layer in cache.layers)
+
+
+def held_states(cache: Cache, index: int, rows: int) -> tuple[Tensor, Tensor] | None:
+    """The earlier keys and values (B, H, T, D) of layer `index` that a mask for `rows` new positions counts."""
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    count = 0 if layer is None or not layer.is_initialized else layer.get_mask_sizes(rows)[0] - rows
+    return (layer.keys[:, :, -count:], layer.values[:, :, -count:]) if count else None
+
+
+def snapshot(cache: Cache) -> Callable[[], None]:
+    """What takes a streamable cache back to what it holds now; nothing is copied, since no update writes over it."""
+    layers = [(layer, dict(vars(layer))) for layer in cache.layers]
+
+    def restore() -> None:
+        del cache.layers[len(layers) :]
+        for layer, state in layers:
+            vars(layer).clear()
+            vars(layer).update(state)
+
+    return restore

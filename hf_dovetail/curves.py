@@ -117,9 +117,13 @@ _ALL_ROWS = np.arange(MAX_ROWS + 1)
 
 def curves_path(description: Mapping[str, Any]) -> Path:
     """The file for the curves of what `description` describes (models, engine, machine), in the user's cache."""
+    return described_path("curves", description)
+
+
+def described_path(folder: str, description: Mapping[str, Any]) -> Path:
+    """The file of the user's cache for what was measured of what `description` describes."""
     text = json.dumps(description, sort_keys=True, default=str)
-    name = hashlib.sha256(text.encode()).hexdigest()[:24]
-    return user_cache() / "curves" / f"{name}.json"
+    return user_cache() / folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
 
 
 def user_cache() -> Path:
@@ -131,13 +135,18 @@ def user_cache() -> Path:
 def save_curves(curves: CostCurves, path: Path, description: Mapping[str, Any]) -> bool:
     """Write the curves at once or not at all; a file that cannot be written is a warning, and False."""
     content = {"format": _FORMAT, "description": dict(description), "curves": asdict(curves)}
+    return write_whole(content, path, "the cost curves")
+
+
+def write_whole(content: Mapping[str, Any], path: Path, what: str) -> bool:
+    """Write JSON at once or not at all; a file that cannot be written is a warning that says `what`, and False."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        logger.warning_once(f"the cost curves could not be kept ({error}); Dovetail goes on without the file")
+        logger.warning_once(f"{what} could not be kept ({error}); Dovetail goes on without the file")
         return False
     return True
 

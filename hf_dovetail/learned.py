@@ -6,21 +6,20 @@ has left them. What rounds teach beyond that stays in memory.
 
 from __future__ import annotations
 
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .controller import AutoController, Experience
 from .costs import Costs
 from .curves import CostCurves, curves_path, load_curves, save_curves
 from .engines import engine_of
+from .fingerprint import accelerator_name, cpu_name, geometry, versions
 from .modeling import DovetailAssistantModel
 from .threads import chosen_threads
 
@@ -83,43 +82,12 @@ def keep(draft: DovetailAssistantModel, target: PreTrainedModel, curves: CostCur
 
 def describe(target: PreTrainedModel, draft: DovetailAssistantModel) -> dict[str, Any]:
     """What the time of a round depends on: geometries, precisions, engine, threads, machine and versions."""
-    accelerator = draft.device.type if draft.device.type != "cuda" else torch.cuda.get_device_name(draft.device)
     return {
-        "target": _geometry(target),
-        "draft": _geometry(draft),
+        "target": geometry(target),
+        "draft": geometry(draft),
         "engine": engine_of(target),
         "threads": chosen_threads(),
         "cpu": [cpu_name(), torch.backends.cpu.get_cpu_capability()],
-        "devices": [target.device.type, accelerator],
-        "versions": {name: _version(name) for name in ("torch", "transformers", "hf_dovetail")},
+        "devices": [target.device.type, accelerator_name(draft.device)],
+        "versions": versions(),
     }
-
-
-def _geometry(model: PreTrainedModel) -> dict[str, Any]:
-    """The numbers of a model's configuration that shape its computation, its precision and its attention."""
-    config: PreTrainedConfig = model.config.get_text_config(decoder=True)
-    values = {**config.to_dict(), **(getattr(config, "causal_lm", None) or {})}
-    sizes = {k: v for k, v in values.items() if isinstance(v, int | float) and not k.endswith("token_id")}
-    return {
-        **sizes,
-        "model_type": config.model_type,
-        "layer_types": values.get("layer_types"),
-        "quantization": str(values.get("quantization_config")),
-        "dtype": str(model.dtype),
-        "attention": config._attn_implementation,
-    }
-
-
-def cpu_name() -> str:
-    """The CPU's model, as far as the system says it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "unknown"

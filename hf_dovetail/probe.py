@@ -13,18 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .attention import BranchingMask
+from .attention import TESTED_TYPES, BranchingMask
 from .cache import GrowingCache, num_cache_layers
 from .tree import DraftTree
 
 logger = logging.get_logger(__name__)
 
-TESTED_TYPES = frozenset(
-    (
-        *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "olmo2"),
-        *("granite", "cohere", "cohere2", "mixtral", "qwen3_moe"),
-    )
-)
 _PREFIX = 6
 _PARENTS = (-1, 0, 0, 1, 2)  # two branches of two nodes under the root
 _TOLERANCE = 0.05  # of the logits' spread between the two branches; rounding stays far below, a leak far above

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 from .attention import BranchingMask, why_not_branching
 from .cache import GrowingCache, can_branch, num_cache_layers
 from .config import TreeShape
+from .prefill.modules import layers_of
 from .probe import branches_rightly
 from .tree import DraftTree
 
@@ -86,7 +87,7 @@ class FeatureTap:
         if enabled and decoder is model:
             raise ValueError(f"{type(model).__name__} does not say which part is its decoder (get_decoder)")
         inner = _layers(model, decoder) if enabled and max(layers) >= 0 else []
-        self._modules = [decoder if layer < 0 else inner[layer] for layer in layers]
+        self._decoder, self._modules = decoder, [decoder if layer < 0 else inner[layer] for layer in layers]
 
     def __call__(self, forward: Callable[[], Any]) -> tuple[Any, Tensor | None]:
         """The pass's output, and features of all its rows (several decoder passes, if it is chunked).
@@ -96,9 +97,11 @@ class FeatureTap:
         if not self._enabled:
             return forward(), None
         taken: list[list[Tensor]] = [[] for _ in self._places]
+        passes: list[None] = []  # those of the decoder that are done
         with ExitStack() as hooks:
             for module, place, into in zip(self._modules, self._places, taken, strict=True):
-                hooks.callback(_hook(module, place, into).remove)
+                hooks.callback(_hook(module, place, into, passes).remove)
+            hooks.callback(self._decoder.register_forward_hook(_counting(passes)).remove)
             output = forward()
         layers = [_joined(parts, dim=1) for parts in taken]
         return output, _joined([layer.to(layers[-1].device) for layer in layers], dim=-1)  # a target may be spread
@@ -108,13 +111,21 @@ def _joined(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
-def _hook(module: nn.Module, layer: int, into: list[Tensor]) -> RemovableHandle:
+def _counting(passes: list[None]) -> Callable[..., None]:
+    """A hook that counts this thread's passes."""
+    owner = get_ident()
+    return lambda *_: passes.append(None) if get_ident() == owner else None
+
+
+def _hook(module: nn.Module, layer: int, into: list[Tensor], passes: list[None]) -> RemovableHandle:
     """Append what `FeatureTap` takes of `module` in every pass of this thread to `into`."""
     owner = get_ident()
+    on_host = layer >= 0 and next(module.parameters()).device.type == "cpu"
 
     def take(states: Tensor) -> None:
         if get_ident() == owner:  # other threads may run the same model
-            into.append(states)
+            del into[len(passes) :]  # of a pass that was begun again, after a failure of a device
+            into.append(states.cpu() if on_host else states)  # a long prompt's are elsewhere for a moment
 
     if layer < 0:
         return module.register_forward_hook(
@@ -126,11 +137,15 @@ def _hook(module: nn.Module, layer: int, into: list[Tensor]) -> RemovableHandle:
 
 
 def _layers(model: PreTrainedModel, decoder: nn.Module) -> nn.ModuleList:
-    """The decoder's layers: its list of as many modules as the configuration says."""
+    """The decoder's layers.
+
+    Raises:
+        ValueError: if it keeps them in no list.
+    """
+    layers = layers_of(decoder)
+    if layers is not None:
+        return layers
     count = model.config.get_text_config(decoder=True).num_hidden_layers
-    for child in decoder.children():
-        if isinstance(child, nn.ModuleList) and len(child) == count:
-            return child
     raise ValueError(
         f"{type(model).__name__} keeps its {count} layers in no list of the decoder, so a draft that reads their "
         "inputs (EAGLE-3) cannot draft for it; use a draft that reads the LM head's inputs"

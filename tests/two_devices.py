@@ -3,12 +3,15 @@
 `Accelerator()` is a dispatch mode. Inside it `device="xpu:0"` works: such tensors are `Remote` ones, which compute with
 each other only. Mixing them with the CPU's raises, as it would on a real one, and so does whatever would stop the host
 until the device is done (`item`, boolean indexing). Copies from one side to the other are counted.
+
+`install_streams` gives the device streams as adverse as they may be: a copy that is allowed to run beside the host
+(`non_blocking=True` in a stream of its own) runs when somebody waits for it, and no earlier.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -78,7 +81,16 @@ class Accelerator(TorchDispatchMode):
         self.copies: list[tuple[str, tuple[int, ...], int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if Stream.entered and func.overloadpacket is _ops.copy_ and args[2:] == (True,):
+            return self._postponed(*args[:2])
         return _computed(func, args, kwargs or {}, self.count)
+
+    def _postponed(self, into: Tensor, source: Tensor) -> Tensor:
+        """A copy between the sides that runs when its stream is waited for."""
+        here, there = (t.held if isinstance(t, Remote) else t for t in (into, source))
+        self.count("in" if isinstance(into, Remote) else "out", here)
+        Stream.entered[-1].postponed.append(lambda: here.copy_(there))
+        return into
 
     def count(self, way: str, data: Tensor) -> None:
         self.copies.append((way, tuple(data.shape), data.nbytes))
@@ -93,6 +105,57 @@ class Accelerator(TorchDispatchMode):
         monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
         monkeypatch.setattr(torch.xpu, "_lazy_init", lambda: None)
         monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+        monkeypatch.setattr(torch.accelerator, "synchronize", lambda device=None: None)
+
+    def install_streams(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Give the device streams and page-locked memory (see the module's first lines)."""
+        computing = Stream(DEVICE)
+        monkeypatch.setattr(torch, "Stream", Stream)
+        monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: computing)
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **named: empty(*size, **named))
+
+
+class Stream:
+    """Stands in for `torch.Stream`. What is enqueued in the device's current one has run already.
+
+    Attributes:
+        entered: the streams in whose `with` blocks the host is.
+        waited: how often a stream was told to wait for another.
+    """
+
+    entered: ClassVar[list[Stream]] = []
+    waited: ClassVar[list[tuple[Stream, Stream]]] = []
+
+    def __init__(self, device: Any) -> None:
+        self.postponed: list[Callable[[], Any]] = []
+        self.done = 0
+
+    def __enter__(self) -> Stream:
+        Stream.entered.append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        Stream.entered.remove(self)
+
+    def record_event(self) -> Event:
+        return Event(self)
+
+    def wait_event(self, event: Event) -> None:
+        Stream.waited.append((self, event.stream))
+        event.synchronize()
+
+
+class Event:
+    """Stands in for `torch.Event`: the end of what was in a stream when it was recorded."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream, self.end = stream, len(stream.postponed)
+
+    def synchronize(self) -> None:
+        while self.stream.done < self.end:
+            self.stream.postponed[self.stream.done]()
+            self.stream.done += 1
 
 
 def _computed(func: Any, args: tuple, kwargs: dict[str, Any], count: Callable[[str, Tensor], None] | None) -> Any:

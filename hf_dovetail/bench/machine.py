@@ -18,7 +18,7 @@ import transformers
 
 import hf_dovetail
 
-from ..learned import cpu_name
+from ..fingerprint import cpu_name
 
 _PACKAGE = Path(hf_dovetail.__file__).parent
 _OPTIONAL = ("intel-extension-for-pytorch", "llama-cpp-python", "torchao")

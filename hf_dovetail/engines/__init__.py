@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .. import prefill
 from ..threads import chosen_threads
 from . import activations, exact, int4, int8, ipex, onednn
 
@@ -74,6 +75,9 @@ def engine_of(model: PreTrainedModel) -> str:
 def prepare_target(model: PreTrainedModel, engine: str = "auto", vram_budget: str | None = None) -> PreTrainedModel:
     """Choose how a target's layers run, in place, and return the target. `restore_target` undoes it.
 
+    Where an accelerator is faster at long prompts, the layers are streamed through it once per prompt (`prefill`),
+    except with engine "eager", which leaves everything as it is.
+
     Args:
         model: the target, on the CPU.
         engine: "eager" (the layers as they are), one of `ENGINES`, or "auto" for the first that can take the model
@@ -88,6 +92,7 @@ def prepare_target(model: PreTrainedModel, engine: str = "auto", vram_budget: st
     if engine not in ("auto", "eager", *ENGINES):
         raise ValueError(f"engine is {engine!r}; expected auto, eager or one of {', '.join(ENGINES)}")
     if engine == engine_of(model) != "eager":
+        prefill.install(model, engine)
         return model
     restore_target(model)
     reasons = {}
@@ -103,6 +108,8 @@ def prepare_target(model: PreTrainedModel, engine: str = "auto", vram_budget: st
         raise ValueError(f"engine {engine} cannot take {type(model).__name__}: {reasons[engine]}")
     refused = "".join(f"; not {name}: {reason}" for name, reason in reasons.items())
     logger.info("%s runs on %s, %d threads%s", type(model).__name__, engine_of(model), chosen_threads(), refused)
+    if engine != "eager":
+        prefill.install(model, engine_of(model))
     return model
 
 
@@ -118,6 +125,7 @@ def restore_target(model: PreTrainedModel) -> PreTrainedModel:
         exact.switch_off(model, prepared.attention)
         activations.switch_off(model)
         del _prepared[model], model._apply
+    prefill.remove(model)
     return model
 
 

@@ -64,6 +64,17 @@ class OneDnnKernel:
         """The matrix (N, K), bit for bit."""
         return self._packed.to_dense()
 
+    @property
+    def stored(self) -> Tensor:
+        """The matrix as it lies in memory, not copied; unpacked where its layout is unknown. `ordered` reads it."""
+        return self._rows if self.has_rows else self.dense()
+
+    def ordered(self, stored: Tensor) -> Tensor:
+        """(N, K) out of a copy of `stored`, on the copy's device: there, the order costs next to nothing."""
+        if not self.has_rows:
+            return stored
+        return stored.permute(0, 2, 1, 3).reshape(-1, self.shape[1])[: self.shape[0]]
+
 
 def why_not(model: PreTrainedModel) -> str | None:
     """Why this engine cannot take the model, or None."""

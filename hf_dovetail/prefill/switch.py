@@ -1,0 +1,114 @@
+"""What stands in for a decoder's and its layers' forward, and takes itself out again.
+
+The decoder's opens a pass, which its layers find in a context variable: other threads see nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..attention import IMPLEMENTATIONS
+from .passes import StreamedPass, Streaming
+
+logger = logging.get_logger(__name__)
+
+_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+class Pass(Protocol):
+    """A pass of the decoder, as its layers see it."""
+
+    def takes(self, layer: nn.Module, args: tuple, named: dict[str, Any]) -> bool:
+        """Whether the layer's call is this pass's to answer; it is computed on the CPU otherwise."""
+
+    def run(self, layer: nn.Module, args: tuple, named: dict[str, Any]) -> Tensor:
+        """What the layer returns."""
+
+
+_streamings: WeakKeyDictionary[nn.Module, Streaming] = WeakKeyDictionary()
+current: ContextVar[Pass | None] = ContextVar("hf_dovetail_pass", default=None)
+
+
+def switch_on(decoder: nn.Module, layers: Iterable[nn.Module], streaming: Streaming) -> None:
+    """Let the passes of `decoder` be streamed."""
+    _streamings[decoder] = streaming
+    decoder.forward = partial(_decode, decoder)
+    redirect(layers)
+
+
+def redirect(layers: Iterable[nn.Module]) -> None:
+    """Let layers ask the current pass what to do."""
+    for layer in layers:
+        layer.forward = partial(_layer, layer)
+
+
+def switch_off(decoder: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Undo `switch_on` and `redirect`; a forward that others have put in the place of these is left alone."""
+    _streamings.pop(decoder, None)
+    for module in (decoder, *layers):
+        mine = vars(module).get("forward")
+        if isinstance(mine, partial) and mine.func in (_decode, _layer):
+            del module.forward
+
+
+def streaming_of(decoder: nn.Module) -> Streaming | None:
+    """How the decoder's prompts are streamed, if they are."""
+    return _streamings.get(decoder)
+
+
+def _decode(decoder: nn.Module, *args: Any, **named: Any) -> Any:
+    """Stands in for the decoder's forward while it is switched on."""
+    plain = partial(type(decoder).forward, decoder)
+    streaming = _streamings.get(decoder)  # None for a copy of the model
+    if streaming is None or not _may_stream(decoder, streaming, named):
+        return plain(*args, **named)
+    streamed = StreamedPass(streaming, decoder)
+    token = current.set(streamed)
+    try:
+        return plain(*args, **named)
+    except Exception as error:
+        if not streamed.broke:
+            raise
+        streaming.failed = True
+        logger.warning(
+            "streaming a prompt through %s failed (%s: %s); it is computed on the CPU instead, as all further prompts "
+            "are until prepare_target is called again",
+            streaming.device,
+            type(error).__name__,
+            error,
+        )
+    finally:
+        current.reset(token)
+        streamed.close()
+    streamed.undo()
+    return plain(*args, **named)
+
+
+def _may_stream(decoder: nn.Module, streaming: Streaming, named: dict[str, Any]) -> bool:
+    """Whether a pass may be streamed, whatever its rows: evaluation, and nothing wanted from within the layers."""
+    config = decoder.config
+    return not (
+        streaming.failed
+        or torch.is_grad_enabled()
+        or decoder.training
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or config._attn_implementation not in IMPLEMENTATIONS
+        or any(getattr(config, name, False) if named.get(name) is None else named[name] for name in _OUTPUTS)
+    )
+
+
+def _layer(layer: nn.Module, *args: Any, **named: Any) -> Any:
+    """Stands in for a layer's forward while its decoder is switched on."""
+    now = current.get()
+    if now is None or not now.takes(layer, args, named):
+        return type(layer).forward(layer, *args, **named)
+    return now.run(layer, args, named)
