@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from .config import DovetailConfig
+from .eight_bits import EightBitMatrix
 
 Rotation = tuple[Tensor, Tensor]
 """cos and sin of rows, (B or 1, T or 1, 1, D); the first half of sin is negated (see `rotate`)."""
@@ -58,10 +59,14 @@ class DynamicGatingFusion(nn.Module):
 
     def forward(self, embeddings: Tensor, features: Tensor) -> Tensor:
         """Fuse (B, T, h) embeddings of tokens t+1 with (B, T, h) features of tokens t."""
-        from_feature = features @ self.W_1
-        from_token = F.silu(self.input_layernorm(embeddings) @ self.W_2)
-        gate = torch.sigmoid(torch.cat((from_feature, from_token), dim=-1) @ self.W_z)
+        from_feature = _product(features, self.W_1)
+        from_token = F.silu(_product(self.input_layernorm(embeddings), self.W_2))
+        gate = torch.sigmoid(_product(torch.cat((from_feature, from_token), dim=-1), self.W_z))
         return torch.lerp(from_token, from_feature, gate)
+
+
+def _product(rows: Tensor, weight: Tensor | EightBitMatrix) -> Tensor:
+    return weight(rows) if isinstance(weight, EightBitMatrix) else rows @ weight
 
 
 class LinearFusion(nn.Module):

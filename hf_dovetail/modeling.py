@@ -13,13 +13,14 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .attention import BranchingMask, why_not_branching
 from .blocks import KeyValueStore, RMSNorm, RotaryTable, Rotation, fold_mask, make_blocks, make_fusion
 from .cache import GrowingCache, num_cache_layers
 from .config import DovetailConfig, TreeShape
+from .devices import resolve_device
+from .eight_bits import EightBitMatrix, look_up, multiply, quantise
 from .formats import hub_options, read_config, read_published
 from .register import model_is_ready
 from .rows import Pool, RowBuffer
@@ -29,7 +30,10 @@ from .weights import (
     check_finite,
     check_fits,
     check_loaded,
+    check_own_precision,
+    check_weight_bits,
     save_tokenizer,
+    shared_bytes,
 )
 
 
@@ -44,6 +48,7 @@ class DovetailAssistantModel(PreTrainedModel):
         setbacks: how often the draft's device ran out of memory; each halves the trees of later answers.
         last_stats: `GenerationStats` of the last call, or None.
         watch: called with each `decode.Round` of a call, or None.
+        weight_bits: 8 if it was loaded with `weight_bits=8`, else None.
         tokenizer_source: folder or name of the tokenizer that `save_pretrained` saves beside the draft, or None.
     """
 
@@ -62,6 +67,7 @@ class DovetailAssistantModel(PreTrainedModel):
         self.last_stats: Any = None
         self.watch: Callable[[Any], None] | None = None
         self.tokenizer_source: str | None = config.name_or_path or None
+        self.weight_bits: int | None = None
         self._tree: TreeShape | Literal["auto"] = "auto"
         self._shared: SharedWeights | None = None
         if config.fusion == "none":
@@ -201,9 +207,35 @@ class DovetailAssistantModel(PreTrainedModel):
         if self._shared is None:
             check_finite(self)
         self._place()
-        if self._shared is None or not self._shared.still_of(target, self.config, self.device, self.dtype):
-            self._shared = SharedWeights.of(target, self.config, self.device, self.dtype)
+        place = self.device, self.dtype, self.weight_bits
+        if self._shared is None or not self._shared.still_of(target, self.config, place):
+            self._shared = SharedWeights.of(target, self.config, place)
         return self.device
+
+    def weight_bytes(self, target: PreTrainedModel) -> int:
+        """Bytes of all weights on `draft_device` that drafting for `target` reads, those shared with it included."""
+        own = sum(t.nbytes for t in (*self.parameters(), *self.buffers()))
+        if not self.reads_features:
+            return own
+        return own + shared_bytes(
+            target, self.config, (resolve_device(self.draft_device), self.dtype, self.weight_bits)
+        )
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the keys and values of one position in a draft that reads features."""
+        config = self.config
+        return 2 * len(self.layers) * config.num_key_value_heads * config.head_dim * self.dtype.itemsize
+
+    def train(self, mode: bool = True) -> DovetailAssistantModel:
+        """As for any module.
+
+        Raises:
+            ValueError: if the weights are in 8 bits, which cannot be trained.
+        """
+        if mode:
+            check_own_precision(self.weight_bits, "trained")
+        return super().train(mode)
 
     def _place(self) -> None:
         device = resolve_device(self.draft_device)
@@ -302,8 +334,7 @@ class DovetailAssistantModel(PreTrainedModel):
             mask: (B or 1, 1, T, K) bool, or to be added, in the network's precision; None: all keys for all rows.
             store: earlier rows' keys and values.
         """
-        shared = self._weights.embedding
-        hidden = self.fusion(F.embedding(tokens, self.embed_tokens.weight if shared is None else shared), features)
+        hidden = self.fusion(look_up(tokens, self._embedding, features.dtype), features)
         if mask is not None:
             mask = fold_mask(mask, self.config.num_attention_heads // self.config.num_key_value_heads)
         for layer in self.layers:
@@ -320,7 +351,7 @@ class DovetailAssistantModel(PreTrainedModel):
         elif self.config.fusion == "eagle3":
             logits = self.lm_head(hidden if self.config.norm_output else self.norm(hidden)).float()
         else:
-            logits = F.linear(hidden, self._weights.head, self._weights.bias).float()
+            logits = multiply(hidden, self._weights.head, self._weights.bias).float()
         scale, cap = self.config.logit_scale, self.config.final_logit_softcapping
         logits = logits if scale == 1.0 else logits * scale
         return cap * torch.tanh(logits / cap) if cap else logits
@@ -330,6 +361,12 @@ class DovetailAssistantModel(PreTrainedModel):
         if self._shared is None:
             raise RuntimeError("this draft has not met its target yet; call draft.meet(target) first")
         return self._shared
+
+    @property
+    def _embedding(self) -> Tensor | EightBitMatrix:
+        if not self.config.own_embeddings:
+            return self._weights.embedding
+        return self.embed_tokens if isinstance(self.embed_tokens, EightBitMatrix) else self.embed_tokens.weight
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave the target's weights behind; they are shared again at the next meeting."""
@@ -342,13 +379,19 @@ class DovetailAssistantModel(PreTrainedModel):
         It may be a draft of this package, a published one (`formats.FORMATS`), or an ordinary small language model,
         which then drafts as `from_causal_lm` lets it.
 
+        Args:
+            pretrained_model_name_or_path, args, kwargs: as for any model of transformers.
+            weight_bits: 8 keeps the draft's matrices in 8 bits, and those that it copies from its target: about half
+                the memory. Such a draft neither trains nor saves. None (the default) keeps the precision.
+
         Raises:
             ValueError: naming the weights that are missing, left over, misshapen or not finite, or what else is wrong.
             OSError: if the checkpoint's file is damaged.
         """
         source, wants_info = str(pretrained_model_name_or_path), kwargs.pop("output_loading_info", False)
-        place = hub_options(kwargs)
+        weight_bits, place = kwargs.pop("weight_bits", None), hub_options(kwargs)
         saved = read_config(source, place)
+        check_weight_bits(weight_bits)
         if saved.get("model_type") == DovetailConfig.model_type:
             draft, info = cls._load(source, source, *args, **kwargs)
         elif published := read_published(source, saved, place):
@@ -359,7 +402,20 @@ class DovetailAssistantModel(PreTrainedModel):
             lm, info = AutoModelForCausalLM.from_pretrained(source, *args, output_loading_info=True, **kwargs)
             check_loaded(info, source)
             draft = cls.from_causal_lm(lm.eval())
+        if weight_bits is not None:
+            draft._quantise(weight_bits, source)
         return (draft, info) if wants_info else draft
+
+    def _quantise(self, bits: int, source: str) -> None:
+        """Bring the matrices into 8 bits; `source` is what errors call the checkpoint."""
+        if not self.reads_features:
+            raise ValueError(
+                f"weight_bits={bits} is for drafts that read their target's features; {source} is an ordinary language "
+                "model, for which transformers has its own quantisation: load it with AutoModelForCausalLM."
+                "from_pretrained(..., quantization_config=...), and wrap it with DovetailAssistantModel.from_causal_lm"
+            )
+        quantise(self, transposed=("W_1", "W_2", "W_z"))
+        self.weight_bits = bits
 
     @classmethod
     def _load(cls, name: str, *args: Any, **kwargs: Any) -> tuple[DovetailAssistantModel, dict]:
@@ -376,36 +432,15 @@ class DovetailAssistantModel(PreTrainedModel):
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
     ) -> None:
-        """Write config, weights (safetensors) and the target's tokenizer, if it can be found locally."""
+        """Write config, weights (safetensors) and the target's tokenizer, if it can be found locally.
+
+        Raises:
+            ValueError: if the weights are in 8 bits: their own precision is gone.
+        """
+        check_own_precision(self.weight_bits, "saved")
         if is_main_process:
             save_tokenizer(self.tokenizer_source, save_directory)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """The device that `device` names; "auto" is the accelerator if there is one, else the CPU.
-
-    Raises:
-        ValueError: if there is no such device.
-    """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if device == "auto":
-        device = accelerator or torch.device("cpu")
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"draft_device is {device!r}; expected auto, cpu, or a device such as cuda:1") from error
-    if device.type == "cpu" or accelerator is None or device.type != accelerator.type:
-        found = "no accelerator" if accelerator is None else f"a device of type {accelerator.type}"
-        if device.type not in ("cpu", "meta"):
-            raise ValueError(f"draft_device is {str(device)!r}, but torch finds {found} on this machine")
-        return device
-    if (device.index or 0) >= torch.accelerator.device_count():
-        raise ValueError(
-            f"draft_device is {str(device)!r}; this machine has {torch.accelerator.device_count()} of them"
-        )
-    index = torch.accelerator.current_device_index() if device.index is None else device.index
-    return torch.device(device.type, index)
 
 
 def _lm_config(config: DovetailConfig) -> Any:

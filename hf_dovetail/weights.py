@@ -13,8 +13,14 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .config import DovetailConfig, eagle3_layers
+from .eight_bits import EightBitMatrix
+from .packed import PackedWeight
 
 logger = logging.get_logger(__name__)
+
+
+Place = tuple[torch.device, torch.dtype, int | None]
+"""Where a draft is: its device, its precision, and the bits of its matrices if these are fewer."""
 
 
 @dataclass(frozen=True)
@@ -22,46 +28,70 @@ class SharedWeights:
     """What a draft takes from its target: embeddings and LM head, on the draft's device and in its precision.
 
     Args:
-        embedding: (V, h). head: (V, h), the same tensor where the target ties them. Each is None where the draft has
+        embedding: (V, h). head: (V, h), the same object where the target ties them. Each is None where the draft has
             its own.
         bias: (V,) of the head, or None.
+        place: device, precision, and the bits of copied matrices if they are not the precision's own.
         sources: the target's own tensors (weakly) and their versions, to notice another or a changed target.
 
     The draft keeps them until it meets another target.
     """
 
-    embedding: Tensor | None
-    head: Tensor | None
+    embedding: Tensor | EightBitMatrix | None
+    head: Tensor | EightBitMatrix | None
     bias: Tensor | None
+    place: Place
     sources: tuple[tuple[weakref.ref, int], ...]
 
     @classmethod
     @torch.inference_mode(False)
-    def of(
-        cls, target: PreTrainedModel, config: DovetailConfig, device: torch.device, dtype: torch.dtype
-    ) -> SharedWeights:
-        """Share where device and precision agree, copy where they do not."""
+    def of(cls, target: PreTrainedModel, config: DovetailConfig, place: Place) -> SharedWeights:
+        """Share where device and precision agree, copy (in 8 bits, if that is asked for) where they do not."""
         sources = _shared_tensors(target, config)
-        copies = {id(t): t.detach().to(device=device, dtype=dtype) for t in sources.values()}
+        copies = {id(t): _placed(t, place) for t in sources.values()}
         parts = {name: copies[id(t)] for name, t in sources.items()}
         references = tuple((weakref.ref(t), _version(t)) for t in sources.values())
-        return cls(parts.get("embedding"), parts.get("head"), parts.get("bias"), references)
+        return cls(parts.get("embedding"), parts.get("head"), parts.get("bias"), place, references)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that is shared."""
-        return [t for t in (self.embedding, self.head, self.bias) if t is not None]
+        """All that is shared, tied matrices once."""
+        parts = {id(part): part for part in (self.embedding, self.head, self.bias) if part is not None}
+        found: list[Tensor] = []
+        for part in parts.values():
+            found += part.buffers() if isinstance(part, EightBitMatrix) else [part]
+        return found
 
-    def still_of(
-        self, target: PreTrainedModel, config: DovetailConfig, device: torch.device, dtype: torch.dtype
-    ) -> bool:
-        """Whether these are still the weights of `target`, on this device and in this precision."""
+    def still_of(self, target: PreTrainedModel, config: DovetailConfig, place: Place) -> bool:
+        """Whether these are still the weights of `target`, in this place."""
         tensors = _shared_tensors(target, config).values()
         return (
-            all((t.device, t.dtype) == (device, dtype) for t in self.tensors)
+            place == self.place
             and len(tensors) == len(self.sources)
             and all(ref() is t and v == _version(t) for t, (ref, v) in zip(tensors, self.sources, strict=True))
         )
+
+
+def _placed(weight: Tensor, place: Place) -> Tensor | EightBitMatrix:
+    """A target's weight where the draft wants it, itself if it is there already."""
+    device, dtype, _ = place
+    if not _in_eight_bits(weight, place):
+        return weight.detach().to(device=device, dtype=dtype)
+    return EightBitMatrix(weight.kernel.dense() if isinstance(weight, PackedWeight) else weight).to(device)
+
+
+def _in_eight_bits(weight: Tensor, place: Place) -> bool:
+    device, dtype, bits = place
+    return bits is not None and weight.ndim == 2 and (weight.device, weight.dtype) != (device, dtype)
+
+
+def shared_bytes(target: PreTrainedModel, config: DovetailConfig, place: Place) -> int:
+    """Bytes of what a draft in this place shares with `target`, whether it holds a copy or the target's own."""
+    sources = {id(t): t for t in _shared_tensors(target, config).values()}
+    return sum(
+        EightBitMatrix.nbytes(t.shape) if _in_eight_bits(t, place) else t.numel() * place[1].itemsize
+        for t in sources.values()
+    )
 
 
 def _version(tensor: Tensor) -> int:
@@ -154,6 +184,28 @@ def check_finite(draft: nn.Module) -> None:
                 f"weight {name} of the draft is not finite: it was never loaded, or its checkpoint is damaged; "
                 "use from_pretrained, or from_target and train it"
             )
+
+
+def check_weight_bits(bits: int | None) -> None:
+    """Refuse `weight_bits` that there are not.
+
+    Raises:
+        ValueError: saying what there is.
+    """
+    if bits is not None and (bits != 8 or isinstance(bits, bool)):
+        raise ValueError(f"weight_bits is {bits!r}; expected 8, or None to keep the precision")
+
+
+def check_own_precision(bits: int | None, wanted: str) -> None:
+    """Refuse what needs weights in the precision of the checkpoint; `wanted`: the participle that errors use.
+
+    Raises:
+        ValueError: if the weights are in fewer bits.
+    """
+    if bits is not None:
+        raise ValueError(
+            f"the weights of this draft are in {bits} bits and cannot be {wanted}; load it again without weight_bits"
+        )
 
 
 def check_loaded(info: dict[str, Any], source: str) -> None:

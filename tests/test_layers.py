@@ -24,6 +24,8 @@ LAYERS = (
         "lookup",
         "draws",
         "fingerprint",
+        "devices",
+        "eight_bits",
     ),
     ("accept", "cache", "attention", "weights", "blocks", "levels", "costs", "formats"),
     ("modeling", "probe", "controller", "stats", "prefill"),

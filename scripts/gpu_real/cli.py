@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from hf_dovetail.modeling import resolve_device
+from hf_dovetail.devices import resolve_device
 
 from . import __doc__ as ABOUT
 from .corpus import make_corpus
