@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import TreeShape
+from .devices import to_device
 from .draws import Choice, SharedDraws
 from .graphs import DeviceRounds
 from .levels import KeepGoing, expand_on_device, expand_on_host
@@ -95,19 +96,20 @@ class DraftSession:
         """
         tokens, features = self._tokens, self._features
         self._tokens, self._features = tokens[:, :0], None
-        choice = self._choice(shape.levels)
+        choice, corrections = self._choice(shape.levels), None
+        if shifts is not None and not self._on_host:
+            corrections = to_device(torch.from_numpy(shifts), self._device)
         # A wrapped LM is the caller's and may keep what it computes; inference tensors would trouble its training.
         computes = torch.inference_mode() if self._draft.reads_features else torch.no_grad()
         with computes, torch.autocast(self._device.type, enabled=False):  # the user's; a draft has its own precision
             features = None if features is None else self._draft.encode(features)
             if self._rounds is not None:
-                return self._rounds.grow(tokens, features, shape, shifts, choice)
+                return self._rounds.grow(tokens, features, shape, corrections, choice)
             hidden = self._steps.catch_up(tokens, features)
             try:
                 if self._on_host:
                     candidates = expand_on_host(self._steps, hidden, shape, keep_going, shifts, choice)
                 else:
-                    corrections = None if shifts is None else torch.from_numpy(shifts).to(self._device)
                     candidates = expand_on_device(self._steps, hidden, shape, corrections, choice)
             finally:
                 self._steps.forget()
@@ -123,4 +125,4 @@ class DraftSession:
             return Choice(draws, draws.warpers, draws.sharpness)
         noise = torch.stack([draws[level] for level in range(levels)])
         self.noise_bytes += noise.nbytes
-        return Choice(noise.to(self._device), draws.warpers, draws.sharpness)
+        return Choice(to_device(noise, self._device), draws.warpers, draws.sharpness)

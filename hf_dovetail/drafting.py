@@ -17,6 +17,7 @@ from transformers.utils import logging
 from .accept import Accepted
 from .config import TreeShape
 from .controller import Controller, Found
+from .devices import to_device, to_host
 from .levels import KeepGoing
 from .lookup import Lookup
 from .stats import GenerationStats
@@ -98,13 +99,13 @@ class Drafting:
         return plain
 
     def _propose(self, root: Tensor, shape: TreeShape) -> DraftTree:
-        """A tree of this shape under `root`, brought to the host in one copy."""
+        """A tree of this shape under `root`, brought to the host in one copy, for which the host waits."""
         stats, shifts = self._stats, self._controller.shifts
         before = self._drafter.noise_bytes
         packed = self._drafter.propose(shape, self._controller.keep_going, shifts)
         stats.bytes_to_draft += self._drafter.noise_bytes - before + (0 if shifts is None else shifts.nbytes)
         stats.bytes_to_target += packed.nbytes
-        return DraftTree.unpack(root, packed.cpu())
+        return DraftTree.unpack(root, to_host(packed).wait())
 
     def add(self, tokens: tuple[int, ...], features: Tensor | None) -> None:
         """Keep accepted tokens and features (1, T, h) for the next tree."""
@@ -173,6 +174,6 @@ class Waiting:
         self._tokens, self._new, self._features, self.count = [], [], [], 0
 
     def _moved(self, data: Tensor) -> Tensor:
-        """Data on the draft's device, counted."""
+        """Data on the draft's device, or on the way there, counted."""
         self._stats.bytes_to_draft += data.nbytes
-        return data.to(self._drafter.device)
+        return to_device(data, self._drafter.device)

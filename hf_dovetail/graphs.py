@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.utils import logging
@@ -249,10 +248,10 @@ class DeviceRounds:
         tokens: Tensor,
         features: Tensor,
         shape: TreeShape,
-        shifts: np.ndarray | None = None,
+        shifts: Tensor | None = None,
         choice: Choice | None = None,
     ) -> Tensor:
-        """Commit rows, (1, T) tokens and (1, T, h) features, and grow a tree: (1, 3, N) int32."""
+        """Commit rows, (1, T) tokens and (1, T, h) features, and grow a tree: (1, 3, N) int32. All is on the device."""
         draft, bench, steps, sharpness = self._draft, self._bench, self.steps, self._sharpness
         early, start = max(tokens.shape[1] - _ROWS, 0), steps.start
         if early:
@@ -263,7 +262,7 @@ class DeviceRounds:
         bench.reserve(extent)
         table = draft.rotary.table(start + extent, draft.device, draft.dtype)
         bench.inputs.fill(tokens[:, early:], features[:, early:], held, start)
-        corrections = None if shifts is None else bench.inputs.kept(torch.from_numpy(shifts))
+        corrections = None if shifts is None else bench.inputs.kept(shifts)
         chooses = None if choice is None else replace(choice, log_noise=bench.inputs.kept(choice.log_noise))
         corrects = None if shifts is None else shifts.shape
         packed = bench.run(

@@ -26,6 +26,7 @@ from transformers.utils import logging
 from .config import TreeShape
 from .controller import LARGEST, Controller
 from .decode import decode
+from .devices import to_device, to_host
 from .draft import DraftSession
 from .drafting import Drafting
 from .draws import SharedDraws
@@ -138,20 +139,20 @@ class DovetailCandidateGenerator(CandidateGenerator):
             return input_ids, None
         if self._known == 0:  # a continued conversation starts in the middle
             first = input_ids.shape[1] - 1 - model_outputs.hidden_states[-1].shape[1] if self.reads_features else 0
-            self.begin(input_ids[:, first : first + 1].to(self.device), first)
+            self.begin(to_device(input_ids[:, first : first + 1], self.device), first)
             self._known = first + 1
-        tokens = input_ids[:, self._known :].to(self.device)
+        tokens = to_device(input_ids[:, self._known :], self.device)
         features = None
         if self.reads_features:
             states = [model_outputs.hidden_states[layer][:, : tokens.shape[1]] for layer in self.feature_layers]
-            features = torch.cat([each.to(self.device) for each in states], dim=-1)
+            features = torch.cat([to_device(each, self.device) for each in states], dim=-1)
         self.commit(tokens, features)
         self._known = input_ids.shape[1]
         tree = self.draft.tree
         shape = (tree if isinstance(tree, TreeShape) else TreeShape()).as_chain().clipped(self.room())
         if shape.nodes == 0:
             return input_ids, None
-        chain = self.propose(shape)[:, 0].to(input_ids)
+        chain = to_host(self.propose(shape)).wait()[:, 0].to(input_ids)
         return torch.cat((input_ids, chain), dim=1), None
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: Tensor, num_matches: int) -> None:

@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -11,7 +12,9 @@ from transformers import pipeline
 
 from hf_dovetail import DovetailAssistantModel, TreeShape, graphs
 from hf_dovetail.demo import demo_prompts, load_pair, pair_path
+from hf_dovetail.devices import to_device, to_host
 from hf_dovetail.draft import DraftSession
+from hf_dovetail.eight_bits import EightBitMatrix
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,9 +55,11 @@ def test_a_draft_that_is_told_to_stay_stays() -> None:
     assert draft.device == torch.device("cpu")
 
 
-def dgf_pair() -> tuple:
+def dgf_pair(bits: int | None = None) -> tuple:
     """The package's pair, met on the accelerator, and a prompt's ids and features there."""
-    target, draft, tokenizer = load_pair()
+    target, draft, tokenizer = load_pair(torch.float32)
+    if bits:
+        draft = DovetailAssistantModel.from_pretrained(pair_path("draft"), dtype=torch.float32, weight_bits=bits)
     device = draft.meet(target)
     ids = tokenizer(demo_prompts()[0], return_tensors="pt").input_ids
     with torch.no_grad():
@@ -136,15 +141,59 @@ def test_two_threads_with_one_draft_grow_their_own_trees() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need CUDA")
-def test_the_host_waits_for_nothing_while_a_tree_grows() -> None:
-    draft, ids, features = dgf_pair()
-    session = DraftSession(draft)
-    session.begin(ids[:, :1], 0)
+@pytest.mark.parametrize("bits", [None, 8])
+def test_the_host_waits_for_nothing_but_the_tree(bits: int | None) -> None:
+    """Features and ids up, the tree down, in eager rounds and replayed ones."""
+    draft, ids, features = dgf_pair(bits)
+    ids, features, device = ids.cpu(), features.cpu(), ids.device
+    session, shifts = DraftSession(draft), np.zeros((8, 10), dtype=np.float32)
+    session.begin(to_device(ids[:, :1], device), 0)
     for turn in range(4):  # eager (and the table of RoPE is made), eager, captured, replayed
-        session.commit(ids[:, 1 + 5 * turn : 6 + 5 * turn], features[:, 5 * turn : 5 + 5 * turn])
         if turn in (1, 3):
             torch.cuda.set_sync_debug_mode("error")
         try:
-            session.grow(TreeShape(16, 7, 10))
+            rows = slice(5 * turn, 5 * turn + 5)
+            session.commit(to_device(ids[:, 1:][:, rows], device), to_device(features[:, rows], device))
+            arrival = to_host(session.grow(TreeShape(16, 7, 10), shifts=shifts))
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        assert arrival.wait()[0, 1].max() < 16
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="delays need CUDA")
+def test_copies_that_nobody_waits_for_arrive_whole() -> None:
+    """Guards pinned memory that is given out again, or changed by the caller, before its copy is done: all copies are
+    queued behind a delay.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    to_host(to_device(torch.zeros(64, 1024), device)).wait()
+    torch.cuda._sleep(1_000_000_000)
+    arrivals = []
+    for value in range(200):
+        data = torch.full((64, 1024), float(value))
+        arrivals.append(to_host(to_device(data, device)))
+        data.fill_(-1.0)
+    assert not torch.cuda.current_stream().query()
+    for value, arrival in enumerate(arrivals):
+        assert bool((arrival.wait() == value).all())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need CUDA")
+def test_8_bits_grow_trees_in_graphs_without_unpacking_and_in_less_memory() -> None:
+    """Guards the integer product on this GPU, also captured, against the same weights unpacked."""
+    found = []
+    for unpacked in (False, True):
+        draft, ids, features = dgf_pair(8)
+        shared = draft._shared
+        matrices = {m for m in (*draft.modules(), shared.embedding, shared.head) if isinstance(m, EightBitMatrix)}
+        assert len(matrices) == 3 + 7 * len(draft.layers) + 1  # embeddings and LM head are tied
+        for matrix in matrices:
+            matrix._cannot = matrix.values.device if unpacked else None
+        found.append(trees(draft, ids, features))
+        if not unpacked:
+            assert all(matrix._cannot is None for matrix in matrices)
+            assert any(isinstance(known, graphs.Captured) for known in draft.pool.bench.graphs.values())
+        held = sum(t.nbytes for t in (*draft.parameters(), *draft.buffers(), *shared.tensors))
+        assert held == draft.weight_bytes(load_pair(torch.float32)[0])
+    same = sum(torch.equal(one[:, :2], other[:, :2]) for one, other in zip(*found, strict=True))
+    assert same >= 0.9 * len(found[0])

@@ -15,6 +15,7 @@ from two_devices import DEVICE, Accelerator, Remote
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
 from hf_dovetail.decode import Round
+from hf_dovetail.devices import to_device, to_host
 
 ROUND_KIB = 80  # of a 7 B shape with 16 nodes, in both directions
 
@@ -67,6 +68,7 @@ def test_the_simulation_computes_and_counts(accelerator: Accelerator) -> None:
         assert (accelerator.bytes_in, accelerator.bytes_out) == (48, 48)
         there.copy_(here)
         assert accelerator.bytes_in == 96
+        assert [way for way, _, _ in accelerator.blocking] == ["in", "out", "in"]
     torch.testing.assert_close(back, here.softmax(-1) * torch.tensor([0.0, 2, 2])[:, None] + 1)
 
 
@@ -74,23 +76,54 @@ def test_the_simulation_computes_and_counts(accelerator: Accelerator) -> None:
 @pytest.mark.parametrize("kind", ["noisy", "untrained"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_the_loop_keeps_devices_apart(family: str, kind: str, tree: Any, ids: Tensor, accelerator: Accelerator) -> None:
-    """The answers are plain generate's, and what the statistics say crossed is what crossed."""
+    """The answers are plain generate's, what the statistics say crossed is what crossed, and once the draft is there,
+    the host waits for nothing but the trees.
+    """
     target = tiny.build(family)
     draft = tiny.draft_for(target, kind)
-    draft.tree, draft.draft_device = tree, str(DEVICE)
+    draft.tree, draft.draft_device, draft.strict = tree, str(DEVICE), True
     options = {"max_new_tokens": 24}
     for sample in (False, True):
         plain = tiny.run(target, ids, do_sample=sample, **options)
         with accelerator:
             tiny.assert_same(plain, tiny.run(target, ids, draft, do_sample=sample, **options))
             assert {p.device for p in draft.parameters()} == {DEVICE}
-            before = accelerator.bytes_in, accelerator.bytes_out
+            before, accelerator.waits = (accelerator.bytes_in, accelerator.bytes_out), 0
+            accelerator.copies.clear()
+            accelerator.blocking.clear()
             tiny.assert_same(plain, tiny.run(target, ids, draft, do_sample=sample, **options))
             crossed = accelerator.bytes_in - before[0], accelerator.bytes_out - before[1]
         stats = draft.last_stats
         assert crossed == (stats.bytes_to_draft, stats.bytes_to_target)
         assert min(crossed) > 0
+        assert accelerator.blocking == []
+        assert accelerator.waits == sum(way == "out" for way, _, _ in accelerator.copies) <= stats.rounds
     assert not any(isinstance(p, Remote) for p in target.parameters())
+
+
+def test_copies_that_nobody_waits_for_happen_late(accelerator: Accelerator) -> None:
+    """What `devices` promises, and that the simulation would notice if it did not hold."""
+    here = torch.arange(12.0)
+    with accelerator:
+        there = to_device(here, DEVICE)
+        here.zero_()  # as the caller may
+        also = to_device(here, DEVICE)  # before the first has arrived
+        arrival = to_host(there * 2)
+        assert not torch.equal(arrival._data, torch.arange(12.0) * 2)
+        assert torch.equal(arrival.wait(), torch.arange(12.0) * 2)
+        assert torch.equal(to_host(also).wait(), here)
+        assert accelerator.waits == 2
+        assert accelerator.blocking == []
+        with pytest.raises(RuntimeError, match="needs pinned memory"):
+            here.to(DEVICE, non_blocking=True)
+        staged = here.pin_memory()
+        staged.to(DEVICE, non_blocking=True)
+        staged.fill_(1.0)
+        with pytest.raises(RuntimeError, match="changed before it was copied"):
+            to_host(there).wait()
+    on_host = torch.ones(3)
+    assert to_device(on_host, torch.device("cpu")) is on_host
+    assert to_host(on_host).wait() is on_host
 
 
 def repeating_target() -> PreTrainedModel:

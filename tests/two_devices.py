@@ -4,6 +4,9 @@
 each other only. Mixing them with the CPU's raises, as it would on a real one, and so does whatever would stop the host
 until the device is done (`item`, boolean indexing). Copies from one side to the other are counted.
 
+Copies that nobody waits for happen late: until the host waits, a copy to it holds rubbish, and what is copied to the
+device must stay as it is.
+
 `install_streams` gives the device streams as adverse as they may be: a copy that is allowed to run beside the host
 (`non_blocking=True` in a stream of its own) runs when somebody waits for it, and no earlier.
 """
@@ -11,6 +14,7 @@ until the device is done (`item`, boolean indexing). Copies from one side to the
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -73,34 +77,70 @@ class Accelerator(TorchDispatchMode):
     Attributes:
         bytes_in, bytes_out: copied to the device, and from it.
         copies: every copy, as ("in" or "out", shape, bytes).
+        blocking: of these, the ones for which the host stands still.
+        waits: how often the host has waited for an event.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes_in = self.bytes_out = 0
         self.copies: list[tuple[str, tuple[int, ...], int]] = []
+        self.blocking: list[tuple[str, tuple[int, ...], int]] = []
+        self.waits = 0
+        self._leaving: list[tuple[Tensor, Tensor]] = []  # pinned memory and what it is to hold
+        self._coming: list[tuple[Tensor, Tensor]] = []  # pinned memory and what it held when its copy was asked for
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if Stream.entered and func.overloadpacket is _ops.copy_ and args[2:] == (True,):
             return self._postponed(*args[:2])
-        return _computed(func, args, kwargs or {}, self.count)
+        kwargs = dict(kwargs or {})
+        pinned = kwargs.pop("pin_memory", False)
+        result = _computed(func, args, kwargs, self.count)
+        return _pin(result) if pinned else result
 
     def _postponed(self, into: Tensor, source: Tensor) -> Tensor:
         """A copy between the sides that runs when its stream is waited for."""
         here, there = (t.held if isinstance(t, Remote) else t for t in (into, source))
-        self.count("in" if isinstance(into, Remote) else "out", here)
+        self._enter("in" if isinstance(into, Remote) else "out", here)
         Stream.entered[-1].postponed.append(lambda: here.copy_(there))
         return into
 
-    def count(self, way: str, data: Tensor) -> None:
+    def _enter(self, way: str, data: Tensor) -> None:
         self.copies.append((way, tuple(data.shape), data.nbytes))
         if way == "in":
             self.bytes_in += data.nbytes
         else:
             self.bytes_out += data.nbytes
 
+    def count(self, way: str, host: Tensor, data: Tensor, waits: bool) -> None:
+        """Enter a copy of `data` between `host`, a tensor there, and the device."""
+        self._enter(way, data)
+        if waits:
+            self.blocking.append(self.copies[-1])
+        elif not getattr(host, "pinned", False):
+            raise RuntimeError(f"a copy of {tuple(data.shape)} that nobody waits for needs pinned memory")
+        elif way == "in":
+            self._coming.append((host, data.clone()))
+        else:
+            self._leaving.append((host, data.clone()))
+            host.view(torch.uint8).fill_(0x5A)
+
+    def wait(self) -> None:
+        """What waiting for an event does: all copies are done."""
+        self.waits += 1
+        for host, data in self._coming:
+            if not torch.equal(host, data):
+                raise RuntimeError(f"pinned memory of {tuple(host.shape)} changed before it was copied to the device")
+        for host, data in self._leaving:
+            host.copy_(data)
+        self._leaving, self._coming = [], []
+
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Let torch find the device."""
+        """Let torch find the device, its pinned memory and its events."""
+        event = SimpleNamespace(synchronize=self.wait)
+        stream = SimpleNamespace(record_event=lambda: event)
+        monkeypatch.setattr(torch.accelerator, "current_stream", lambda device=None: stream)
+        monkeypatch.setattr(Tensor, "pin_memory", lambda data, device=None: _pin(data.clone()))
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("xpu"))
         monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
         monkeypatch.setattr(torch.xpu, "_lazy_init", lambda: None)
@@ -158,7 +198,12 @@ class Event:
             self.stream.done += 1
 
 
-def _computed(func: Any, args: tuple, kwargs: dict[str, Any], count: Callable[[str, Tensor], None] | None) -> Any:
+def _pin(data: Tensor) -> Tensor:
+    data.pinned = True
+    return data
+
+
+def _computed(func: Any, args: tuple, kwargs: dict[str, Any], count: Callable[..., None] | None) -> Any:
     packet = func.overloadpacket
     tensors = [value for value in _pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     remote = [tensor for tensor in tensors if isinstance(tensor, Remote)]
@@ -166,7 +211,7 @@ def _computed(func: Any, args: tuple, kwargs: dict[str, Any], count: Callable[[s
     goes = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
     if goes is not None and goes.type == "meta":  # what torch takes a remote tensor's device for
         goes = DEVICE
-    moves = packet in (_ops._to_copy, _ops.copy_)
+    moves = packet in (_ops._to_copy, _ops.to, _ops.copy_)
     if remote and here and not moves and any(tensor.ndim > 0 for tensor in here):
         raise RuntimeError(
             f"{func}: expected all tensors on one device, got {[(tuple(t.shape), str(t.device)) for t in tensors]}"
@@ -186,14 +231,15 @@ def _computed(func: Any, args: tuple, kwargs: dict[str, Any], count: Callable[[s
     inner_args, inner_kwargs = _pytree.tree_map_only(Remote, lambda tensor: tensor.held, (args, kwargs))
     result = func(*inner_args, **inner_kwargs)
     on_device = bool(remote)
-    if packet is _ops._to_copy and goes is not None:
+    if packet in (_ops._to_copy, _ops.to) and goes is not None:  # in inference mode the latter comes as it is
         on_device = goes.type == DEVICE.type
         if on_device != bool(remote) and count is not None:
-            count("in" if on_device else "out", result)
+            count("in" if on_device else "out", inner_args[0], result, not kwargs.get("non_blocking"))
     elif packet is _ops.copy_:
         on_device = isinstance(args[0], Remote)
         if on_device != isinstance(args[1], Remote) and count is not None:
-            count("in" if on_device else "out", inner_args[0])
+            host, waits = args[1] if on_device else args[0], not (args[2:3] or (kwargs.get("non_blocking"),))[0]
+            count("in" if on_device else "out", host, inner_args[1], waits)
     elif goes is not None:
         on_device = goes.type == DEVICE.type
     if func._schema.is_mutable and isinstance(args[0], Remote) and result is inner_args[0]:
