@@ -42,21 +42,24 @@ def pair_case(rounds: int) -> Case:
 
 @torch.no_grad()
 def big_cases(rounds: int, contexts: list[int], draft_device: str) -> Iterator[Case]:
-    """Drafts of one and of five blocks in the shape of a 7 B Llama, bf16."""
+    """Drafts of one and of five blocks in the shape of a 7 B Llama, bf16; of five also with weights in 8 bits."""
     config = LlamaConfig(
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=1, num_attention_heads=32,
         num_key_value_heads=32, max_position_embeddings=4096, dtype="bfloat16",
     )  # fmt: skip
     target = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
-    for blocks in (1, 5):
+    for blocks, bits in ((1, None), (5, None), (5, 8)):
         draft = DovetailAssistantModel.from_target(target, num_hidden_layers=blocks)
+        if bits:
+            draft._quantise(bits, "this draft")
         draft.draft_device = draft_device
         device = draft.meet(target)
         for context in contexts:
             length = context + ROWS * rounds
             ids = torch.randint(config.vocab_size, (1, length), device=device)
             features = torch.randn(1, length, config.hidden_size, device=device, dtype=torch.bfloat16)
-            yield f"7B shape, {blocks} blocks, {context} rows", draft, ids, features
+            name = f"7B shape, {blocks} blocks, {context} rows" + (f", {bits} bits" if bits else "")
+            yield name, draft, ids, features
 
 
 def measure(case: Case, rounds: int, graphs: bool) -> dict[str, Any]:

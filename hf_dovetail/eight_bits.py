@@ -1,11 +1,13 @@
 """Weights in 8 bits beside activations in their own precision, on any device.
 
 A row of activations is split into two rows of 8 bits, the upper and the lower half of 16, so that a product runs on
-a device's integer units (`torch._int_mm`) and no weight is ever unpacked; where a device has no such product, the
-weights are unpacked in parts. Knows matrices only: neither drafts nor targets.
+a device's integer units (`torch._int_mm`) and no weight is ever unpacked; where a device has no such product, or a
+wrong one, the weights are unpacked in parts. Knows matrices only: neither drafts nor targets.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +20,10 @@ _LARGEST = 127
 """Largest magnitude of a weight."""
 _LARGEST_ROW = 127 * 256
 """Largest magnitude of an activation in 16 bits, the upper half of which fits into 8."""
-_LEAST_ROWS = 32
-"""`torch._int_mm` on CUDA wants more than 16 rows."""
-_ALIGNED = 8
-"""`torch._int_mm` on CUDA wants outputs, and inputs, in multiples of this."""
+_ROWS = 32
+"""`torch._int_mm` on CUDA wants more than 16 rows; its tiles have multiples of this."""
+_ALIGNED = 16
+"""Inputs and outputs of its fast kernels come in multiples of this; with others, some versions computed wrong sums."""
 _PART = 4096
 """Rows of a matrix that are unpacked at a time."""
 _SMALLEST = 1e-30
@@ -52,7 +54,8 @@ class EightBitMatrix(nn.Module):
         self.register_buffer("values", F.pad(values, (0, 0, 0, padding)))
         self.register_buffer("scale_bits", F.pad(scales, (0, padding)).view(torch.int32))
         self.bias = bias
-        self._cannot: torch.device | None = None  # where the integer product has failed
+        self._tried: torch.device | None = None  # where it is known whether integers are multiplied
+        self._integers = False
 
     @staticmethod
     def nbytes(shape: torch.Size) -> int:
@@ -63,8 +66,9 @@ class EightBitMatrix(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """(..., K) -> (..., N) in the precision of `rows`. A row's result does not depend on the others."""
         flat = rows.reshape(-1, self.in_features)
-        product = self._multiplied(flat)
-        if product is None:
+        if self._integers and self._tried == self.values.device:
+            product = self._multiplied(flat)
+        else:
             product = torch.cat([F.linear(flat, part) for part in self._unpacked(rows.dtype)], dim=1)
         product = product[:, : self.out_features].view(*rows.shape[:-1], self.out_features)
         return product if self.bias is None else product + self.bias
@@ -78,37 +82,52 @@ class EightBitMatrix(nn.Module):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """(N, K): the matrix that products and lookups stand for."""
-        return torch.cat(self._unpacked(dtype))[: self.out_features]
+        return torch.cat(list(self._unpacked(dtype)))[: self.out_features]
 
-    def _unpacked(self, dtype: torch.dtype) -> list[Tensor]:
+    def _unpacked(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """(4096 or fewer, K) parts, one at a time."""
         scales = self.scale_bits.view(torch.float32)[:, None].split(_PART)
-        parts = zip(self.values.split(_PART), scales, strict=True)
-        return [(values.float() * scale).to(dtype) for values, scale in parts]
+        for values, scale in zip(self.values.split(_PART), scales, strict=True):
+            yield (values.float() * scale).to(dtype)
 
-    def _multiplied(self, rows: Tensor) -> Tensor | None:
-        """The product of (R, K) rows on integer units, (R, N or more); None where there are none.
+    def _multiplied(self, rows: Tensor) -> Tensor:
+        """The product of (R, K) rows on integer units, (R, N or more).
 
-        Rows in 16 bits have errors of 1.5e-5 of their largest entry, far below those of bfloat16 weights.
+        Rows in 16 bits have errors of 1.5e-5 of their largest entry, far below those of bfloat16.
         """
-        if self._cannot == self.values.device:
-            return None
-        largest = rows.float().abs().amax(dim=1, keepdim=True).clamp_min(_SMALLEST)
-        scaled = (rows.float() * (_LARGEST_ROW / largest)).round_()
+        exact, count = rows.float(), len(rows)
+        largest = exact.abs().amax(dim=1, keepdim=True).clamp_min(_SMALLEST)
+        scaled = (exact * (_LARGEST_ROW / largest)).round_()
         upper = ((scaled + 128) / 256).floor_()
-        count = len(rows)
-        halves = F.pad(
-            torch.cat((upper, scaled - 256 * upper)).to(torch.int8), (0, 0, 0, max(_LEAST_ROWS - 2 * count, 0))
-        )
+        halves = torch.cat((upper, scaled - 256 * upper)).to(torch.int8)
+        sums = torch._int_mm(F.pad(halves, (0, 0, 0, -2 * count % _ROWS)), self.values.t())
+        product = torch.add(sums[count : 2 * count].float(), sums[:count].float(), alpha=256)
+        return (product * (largest / _LARGEST_ROW) * self.scale_bits.view(torch.float32)).to(rows.dtype)
+
+    @torch.no_grad()
+    def try_integers(self) -> None:
+        """Find out whether the device multiplies integers rightly, by comparing with unpacked weights.
+
+        Until then, and where it does not, products unpack the weights. The host waits; a second call does nothing.
+        """
+        device = self.values.device
+        if device in (self._tried, torch.device("meta")):
+            return
+        self._tried, self._integers = device, False
+        if self.in_features % _ALIGNED:
+            return
+        rows = torch.arange(2 * self.in_features, device=device).sin().view(2, -1)
+        expected = torch.cat([F.linear(rows, part) for part in self._unpacked(rows.dtype)], dim=1).cpu()
         try:
-            sums = torch._int_mm(halves, self.values.t())
+            found = self._multiplied(rows).cpu()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # also NotImplementedError
-            self._cannot = self.values.device
-            logger.info("8-bit weights are unpacked for every product, since torch._int_mm failed (%s)", error)
-            return None
-        product = torch.add(sums[count : 2 * count].float(), sums[:count].float(), alpha=256)
-        return (product * (largest / _LARGEST_ROW) * self.scale_bits.view(torch.float32)).to(rows.dtype)
+            logger.info("8-bit weights are unpacked on %s, since torch._int_mm failed (%s)", device, error)
+            return
+        self._integers = bool(torch.allclose(found, expected, rtol=0, atol=1e-2 * float(expected.abs().max())))
+        if not self._integers:
+            logger.info("8-bit weights are unpacked on %s, since torch._int_mm computes wrong products there", device)
 
     def extra_repr(self) -> str:
         """What `print` shows."""
@@ -137,6 +156,13 @@ def multiply(rows: Tensor, matrix: Tensor | EightBitMatrix, bias: Tensor | None 
 def look_up(ids: Tensor, matrix: Tensor | EightBitMatrix, dtype: torch.dtype) -> Tensor:
     """`F.embedding` with a matrix of either kind; `dtype` is the network's, in which an ordinary matrix is."""
     return matrix.lookup(ids, dtype) if isinstance(matrix, EightBitMatrix) else F.embedding(ids, matrix)
+
+
+def try_integers(modules: Iterable[nn.Module]) -> None:
+    """`EightBitMatrix.try_integers` of all such matrices."""
+    for module in modules:
+        if isinstance(module, EightBitMatrix):
+            module.try_integers()
 
 
 def quantise(network: nn.Module, transposed: tuple[str, ...] = ()) -> None:

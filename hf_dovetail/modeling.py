@@ -20,7 +20,7 @@ from .blocks import KeyValueStore, RMSNorm, RotaryTable, Rotation, fold_mask, ma
 from .cache import GrowingCache, num_cache_layers
 from .config import DovetailConfig, TreeShape
 from .devices import resolve_device
-from .eight_bits import EightBitMatrix, look_up, multiply, quantise
+from .eight_bits import EightBitMatrix, look_up, multiply, quantise, try_integers
 from .formats import hub_options, read_config, read_published
 from .register import model_is_ready
 from .rows import Pool, RowBuffer
@@ -31,6 +31,7 @@ from .weights import (
     check_fits,
     check_loaded,
     check_own_precision,
+    check_reads_features,
     check_weight_bits,
     save_tokenizer,
     shared_bytes,
@@ -210,6 +211,8 @@ class DovetailAssistantModel(PreTrainedModel):
         place = self.device, self.dtype, self.weight_bits
         if self._shared is None or not self._shared.still_of(target, self.config, place):
             self._shared = SharedWeights.of(target, self.config, place)
+        if self.weight_bits is not None:
+            try_integers((*self.modules(), *self._shared.matrices))
         return self.device
 
     def weight_bytes(self, target: PreTrainedModel) -> int:
@@ -407,13 +410,8 @@ class DovetailAssistantModel(PreTrainedModel):
         return (draft, info) if wants_info else draft
 
     def _quantise(self, bits: int, source: str) -> None:
-        """Bring the matrices into 8 bits; `source` is what errors call the checkpoint."""
-        if not self.reads_features:
-            raise ValueError(
-                f"weight_bits={bits} is for drafts that read their target's features; {source} is an ordinary language "
-                "model, for which transformers has its own quantisation: load it with AutoModelForCausalLM."
-                "from_pretrained(..., quantization_config=...), and wrap it with DovetailAssistantModel.from_causal_lm"
-            )
+        """Bring the matrices into 8 bits, for good; `source` is what errors call the checkpoint."""
+        check_reads_features(self.config, bits, source)
         quantise(self, transposed=("W_1", "W_2", "W_z"))
         self.weight_bits = bits
 

@@ -54,6 +54,11 @@ class SharedWeights:
         return cls(parts.get("embedding"), parts.get("head"), parts.get("bias"), place, references)
 
     @property
+    def matrices(self) -> list[EightBitMatrix]:
+        """What is in 8 bits of it."""
+        return [part for part in (self.embedding, self.head) if isinstance(part, EightBitMatrix)]
+
+    @property
     def tensors(self) -> list[Tensor]:
         """All that is shared, tied matrices once."""
         parts = {id(part): part for part in (self.embedding, self.head, self.bias) if part is not None}
@@ -194,6 +199,20 @@ def check_weight_bits(bits: int | None) -> None:
     """
     if bits is not None and (bits != 8 or isinstance(bits, bool)):
         raise ValueError(f"weight_bits is {bits!r}; expected 8, or None to keep the precision")
+
+
+def check_reads_features(config: DovetailConfig, bits: int, source: str) -> None:
+    """Refuse to bring an ordinary language model into fewer bits; `source` is what errors call it.
+
+    Raises:
+        ValueError: saying how transformers does it.
+    """
+    if config.fusion == "none":
+        raise ValueError(
+            f"weight_bits={bits} is for drafts that read their target's features; {source} is an ordinary language "
+            "model, for which transformers has its own quantisation: load it with AutoModelForCausalLM."
+            "from_pretrained(..., quantization_config=...), and wrap it with DovetailAssistantModel.from_causal_lm"
+        )
 
 
 def check_own_precision(bits: int | None, wanted: str) -> None:

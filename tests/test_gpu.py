@@ -188,10 +188,10 @@ def test_8_bits_grow_trees_in_graphs_without_unpacking_and_in_less_memory() -> N
         matrices = {m for m in (*draft.modules(), shared.embedding, shared.head) if isinstance(m, EightBitMatrix)}
         assert len(matrices) == 3 + 7 * len(draft.layers) + 1  # embeddings and LM head are tied
         for matrix in matrices:
-            matrix._cannot = matrix.values.device if unpacked else None
+            assert matrix._integers
+            matrix._integers = not unpacked
         found.append(trees(draft, ids, features))
         if not unpacked:
-            assert all(matrix._cannot is None for matrix in matrices)
             assert any(isinstance(known, graphs.Captured) for known in draft.pool.bench.graphs.values())
         held = sum(t.nbytes for t in (*draft.parameters(), *draft.buffers(), *shared.tensors))
         assert held == draft.weight_bytes(load_pair(torch.float32)[0])
