@@ -13,6 +13,8 @@ from torch import Tensor
 
 _ASYNCHRONOUS = ("cuda", "xpu")
 """Types of devices with a link to pinned memory of the host; "cuda" is ROCm's too. MPS shares the host's memory."""
+_MOST_PINNED = 1 << 24
+"""Bytes; more, such as the features of a long prompt, go once and as they are: pinned memory is never given back."""
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -47,7 +49,7 @@ def to_device(data: Tensor, device: torch.device) -> Tensor:
     `data` may be changed as soon as this returns. Pinned memory comes from torch's own cache, which gives none out
     again before the copies from it are done.
     """
-    if data.device.type != "cpu" or device.type not in _ASYNCHRONOUS:
+    if data.device.type != "cpu" or device.type not in _ASYNCHRONOUS or data.nbytes > _MOST_PINNED:
         return data.to(device)
     return data.pin_memory().to(device, non_blocking=True)
 

@@ -84,7 +84,7 @@ def describe(target: PreTrainedModel, draft: DovetailAssistantModel) -> dict[str
     """What the time of a round depends on: geometries, precisions, engine, threads, machine and versions."""
     return {
         "target": geometry(target),
-        "draft": geometry(draft),
+        "draft": {**geometry(draft), "weight_bits": draft.weight_bits},
         "engine": engine_of(target),
         "threads": chosen_threads(),
         "cpu": [cpu_name(), torch.backends.cpu.get_cpu_capability()],

@@ -89,6 +89,8 @@ def test_the_file_is_of_this_setting_only(llama: PreTrainedModel, monkeypatch: p
         with monkeypatch.context() as changed:
             changed.setattr(learned, name, lambda *arguments, value=value: value)
             assert path != curves_path(describe(llama, draft))
+    draft._quantise(8, "this draft")
+    assert path != curves_path(describe(llama, draft))
 
 
 def test_curves_survive_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,10 @@ def test_copies_that_nobody_waits_for_happen_late(accelerator: Accelerator) -> N
         staged.fill_(1.0)
         with pytest.raises(RuntimeError, match="changed before it was copied"):
             to_host(there).wait()
+        to_device(torch.zeros(1 << 22), DEVICE)
+        assert not accelerator.blocking
+        to_device(torch.zeros((1 << 22) + 1), DEVICE)  # pinned memory is kept small
+        assert len(accelerator.blocking) == 1
     on_host = torch.ones(3)
     assert to_device(on_host, torch.device("cpu")) is on_host
     assert to_host(on_host).wait() is on_host
