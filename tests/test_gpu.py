@@ -166,11 +166,13 @@ def test_copies_that_nobody_waits_for_arrive_whole() -> None:
     queued behind a delay.
     """
     device = torch.device("cuda", torch.cuda.current_device())
-    to_host(to_device(torch.zeros(64, 1024), device)).wait()
+    warm = [torch.empty(16, 1024, pin_memory=True) for _ in range(401)]  # to make some may wait for the device
+    to_host(to_device(torch.zeros(16, 1024), device)).wait()
+    del warm
     torch.cuda._sleep(1_000_000_000)
     arrivals = []
     for value in range(200):
-        data = torch.full((64, 1024), float(value))
+        data = torch.full((16, 1024), float(value))
         arrivals.append(to_host(to_device(data, device)))
         data.fill_(-1.0)
     assert not torch.cuda.current_stream().query()
