@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from .config import DovetailConfig
-from .devices import to_device
 from .eight_bits import EightBitMatrix
 
 Rotation = tuple[Tensor, Tensor]
@@ -272,7 +271,7 @@ class RotaryTable:
 
             with torch.device("cpu"):
                 self._rope = LlamaRotaryEmbedding(self._config)
-        angles = positions[..., None].float() * to_device(self._rope.inv_freq, positions.device)  # (B, T, D / 2)
+        angles = positions[..., None].float() * self._rope.inv_freq.to(positions.device)  # (B, T, D / 2)
         scale = self._rope.attention_scaling
         cos, sin = angles.cos() * scale, angles.sin() * scale
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)

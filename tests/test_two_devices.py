@@ -88,7 +88,7 @@ def test_the_loop_keeps_devices_apart(family: str, kind: str, tree: Any, ids: Te
         with accelerator:
             tiny.assert_same(plain, tiny.run(target, ids, draft, do_sample=sample, **options))
             assert {p.device for p in draft.parameters()} == {DEVICE}
-            before, accelerator.waits = (accelerator.bytes_in, accelerator.bytes_out), 0
+            before, accelerator.awaited = (accelerator.bytes_in, accelerator.bytes_out), 0
             accelerator.copies.clear()
             accelerator.blocking.clear()
             tiny.assert_same(plain, tiny.run(target, ids, draft, do_sample=sample, **options))
@@ -97,7 +97,7 @@ def test_the_loop_keeps_devices_apart(family: str, kind: str, tree: Any, ids: Te
         assert crossed == (stats.bytes_to_draft, stats.bytes_to_target)
         assert min(crossed) > 0
         assert accelerator.blocking == []
-        assert accelerator.waits == sum(way == "out" for way, _, _ in accelerator.copies) <= stats.rounds
+        assert accelerator.awaited == sum(way == "out" for way, _, _ in accelerator.copies) <= stats.rounds
     assert not any(isinstance(p, Remote) for p in target.parameters())
 
 
@@ -112,7 +112,7 @@ def test_copies_that_nobody_waits_for_happen_late(accelerator: Accelerator) -> N
         assert not torch.equal(arrival._data, torch.arange(12.0) * 2)
         assert torch.equal(arrival.wait(), torch.arange(12.0) * 2)
         assert torch.equal(to_host(also).wait(), here)
-        assert accelerator.waits == 2
+        assert accelerator.awaited == 2
         assert accelerator.blocking == []
         with pytest.raises(RuntimeError, match="needs pinned memory"):
             here.to(DEVICE, non_blocking=True)

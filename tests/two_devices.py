@@ -78,7 +78,7 @@ class Accelerator(TorchDispatchMode):
         bytes_in, bytes_out: copied to the device, and from it.
         copies: every copy, as ("in" or "out", shape, bytes).
         blocking: of these, the ones for which the host stands still.
-        waits: how often the host has waited for an event.
+        awaited: how often the host has waited for an event.
     """
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class Accelerator(TorchDispatchMode):
         self.bytes_in = self.bytes_out = 0
         self.copies: list[tuple[str, tuple[int, ...], int]] = []
         self.blocking: list[tuple[str, tuple[int, ...], int]] = []
-        self.waits = 0
+        self.awaited = 0
         self._leaving: list[tuple[Tensor, Tensor]] = []  # pinned memory and what it is to hold
         self._coming: list[tuple[Tensor, Tensor]] = []  # pinned memory and what it held when its copy was asked for
 
@@ -127,7 +127,7 @@ class Accelerator(TorchDispatchMode):
 
     def wait(self) -> None:
         """What waiting for an event does: all copies are done."""
-        self.waits += 1
+        self.awaited += 1
         for host, data in self._coming:
             if not torch.equal(host, data):
                 raise RuntimeError(f"pinned memory of {tuple(host.shape)} changed before it was copied to the device")
