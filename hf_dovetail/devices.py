@@ -72,6 +72,6 @@ def to_host(data: Tensor) -> Arrival:
     """Send a device's data to the host; it may be read after `wait`."""
     if data.device.type not in _ASYNCHRONOUS:
         return Arrival(data.cpu(), None)
-    host = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
+    host = torch.empty(data.shape, dtype=data.dtype, device="cpu", pin_memory=True)
     host.copy_(data, non_blocking=True)
     return Arrival(host, torch.accelerator.current_stream(data.device).record_event())

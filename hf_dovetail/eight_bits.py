@@ -116,7 +116,7 @@ class EightBitMatrix(nn.Module):
         self._tried, self._integers = device, False
         if self.in_features % _ALIGNED:
             return
-        rows = torch.arange(2 * self.in_features, device=device).sin().view(2, -1)
+        rows = torch.arange(2 * self.in_features, dtype=torch.float32, device=device).sin().view(2, -1)
         expected = torch.cat([F.linear(rows, part) for part in self._unpacked(rows.dtype)], dim=1).cpu()
         try:
             found = self._multiplied(rows).cpu()
