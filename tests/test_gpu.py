@@ -166,7 +166,9 @@ def test_copies_that_nobody_waits_for_arrive_whole() -> None:
     queued behind a delay.
     """
     device = torch.device("cuda", torch.cuda.current_device())
-    warm = [torch.empty(16, 1024, device="cpu", pin_memory=True) for _ in range(401)]  # to make some may wait for the device
+    warm = [
+        torch.empty(16, 1024, device="cpu", pin_memory=True) for _ in range(401)
+    ]  # to make some may wait for the device
     to_host(to_device(torch.zeros(16, 1024), device)).wait()
     del warm
     torch.cuda._sleep(1_000_000_000)

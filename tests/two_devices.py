@@ -95,26 +95,27 @@ class Accelerator(TorchDispatchMode):
             return self._postponed(*args[:2])
         kwargs = dict(kwargs or {})
         pinned = kwargs.pop("pin_memory", False)
-        result = _computed(func, args, kwargs, self.count)
+        result = _computed(func, args, kwargs, self._copied)
         return _pin(result) if pinned else result
 
     def _postponed(self, into: Tensor, source: Tensor) -> Tensor:
         """A copy between the sides that runs when its stream is waited for."""
         here, there = (t.held if isinstance(t, Remote) else t for t in (into, source))
-        self._enter("in" if isinstance(into, Remote) else "out", here)
+        self.count("in" if isinstance(into, Remote) else "out", here)
         Stream.entered[-1].postponed.append(lambda: here.copy_(there))
         return into
 
-    def _enter(self, way: str, data: Tensor) -> None:
+    def count(self, way: str, data: Tensor) -> None:
+        """Enter a copy of `data` to the device, or from it."""
         self.copies.append((way, tuple(data.shape), data.nbytes))
         if way == "in":
             self.bytes_in += data.nbytes
         else:
             self.bytes_out += data.nbytes
 
-    def count(self, way: str, host: Tensor, data: Tensor, waits: bool) -> None:
+    def _copied(self, way: str, host: Tensor, data: Tensor, waits: bool) -> None:
         """Enter a copy of `data` between `host`, a tensor there, and the device."""
-        self._enter(way, data)
+        self.count(way, data)
         if waits:
             self.blocking.append(self.copies[-1])
         elif not getattr(host, "pinned", False):
