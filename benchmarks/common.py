@@ -52,5 +52,10 @@ def write(name: str, result: dict[str, Any]) -> None:
     """Write a result with its record to `benchmarks/results/NAME.json`."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"record": record(), "command": " ".join(sys.argv), **result}, indent=1) + "\n")
+    write_to(path, result)
     print(f"wrote {path.relative_to(ROOT)}")
+
+
+def write_to(path: Path, result: dict[str, Any]) -> None:
+    """Write a result with its record."""
+    path.write_text(json.dumps({"record": record(), "command": " ".join(sys.argv), **result}, indent=1) + "\n")
