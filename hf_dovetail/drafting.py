@@ -173,6 +173,8 @@ class Waiting:
         self._tokens, self._new, self._features, self.count = [], [], [], 0
 
     def _moved(self, data: Tensor) -> Tensor:
-        """Data on the draft's device, counted."""
-        self._stats.bytes_to_draft += data.nbytes
-        return data.to(self._drafter.device)
+        """Data on the draft's device, counted unless the target's last layers have left it there."""
+        device = self._drafter.device
+        if data.device != device or device.type == "cpu":
+            self._stats.bytes_to_draft += data.nbytes
+        return data.to(device)

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .config import DovetailConfig, eagle3_layers
+from .dispatch import dispatch_of
 
 logger = logging.get_logger(__name__)
 
@@ -42,7 +43,7 @@ class SharedWeights:
     ) -> SharedWeights:
         """Share where device and precision agree, copy where they do not."""
         sources = _shared_tensors(target, config)
-        copies = {id(t): t.detach().to(device=device, dtype=dtype) for t in sources.values()}
+        copies = {id(t): _at(t.detach(), device, dtype) for t in sources.values()}
         parts = {name: copies[id(t)] for name, t in sources.items()}
         references = tuple((weakref.ref(t), _version(t)) for t in sources.values())
         return cls(parts.get("embedding"), parts.get("head"), parts.get("bias"), references)
@@ -64,6 +65,12 @@ class SharedWeights:
         )
 
 
+def _at(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The tensor itself, if it is there and in this precision."""
+    there = (tensor.device, tensor.dtype) == (device, dtype)
+    return tensor if there else tensor.to(device=device, dtype=dtype)
+
+
 def _version(tensor: Tensor) -> int:
     """Counts the changes of a tensor in place; inference tensors are not counted."""
     return 0 if tensor.is_inference() else tensor._version
@@ -73,7 +80,7 @@ def _shared_tensors(target: PreTrainedModel, config: DovetailConfig) -> dict[str
     """The target's embedding matrix, LM head matrix and LM head bias, those that are there and that the draft lacks."""
     tensors = {}
     if not config.own_embeddings:
-        tensors["embedding"] = target.get_input_embeddings().weight
+        tensors["embedding"] = _embedding(target)
     if config.fusion != "eagle3":  # which has a head of its own
         head = target.get_output_embeddings()
         if head is None or getattr(head, "weight", None) is None:
@@ -83,6 +90,14 @@ def _shared_tensors(target: PreTrainedModel, config: DovetailConfig) -> dict[str
         bias = getattr(head, "bias", None)
         tensors |= {"head": head.weight} if bias is None else {"head": head.weight, "bias": bias}
     return tensors
+
+
+def _embedding(target: PreTrainedModel) -> Tensor:
+    """The target's embedding matrix; of a tied one whose LM head is on a device, the copy that is there."""
+    dispatch = dispatch_of(target)
+    if dispatch is not None and dispatch.tied:
+        return target.get_output_embeddings().weight
+    return target.get_input_embeddings().weight
 
 
 def check_fits(config: DovetailConfig, target: PreTrainedModel) -> None:
