@@ -3,10 +3,11 @@
     python benchmarks/gpu_check.py                # on the accelerator
     python benchmarks/gpu_check.py --dry-run      # the same steps at toy size on the CPU, where nothing is proven
 
-Steps: the GPU tests; the draft's latency with graphs and without; the demo pair end to end; and a CPU target of 7 B shape
-(random weights) with a 5-block draft, plain, drafted, and under memory budgets, whose acceptance is *synthetic*: a drafted
-token is taken with a stated probability, since random models agree about nothing. Times and bytes there are real, texts
-are not. Each step's result is written as soon as it is there; a step that fails is recorded and the others go on.
+Steps: the GPU tests; the draft's latency with graphs and without; the demo pair end to end; and a CPU target of 7 B
+shape (random weights) with a 5-block draft: plain, drafted, and under memory budgets. Its acceptance is *synthetic*: a
+drafted token is taken with a stated probability, since random models agree about nothing. Times and bytes there are
+real, texts are not. Each step's result is written as soon as it is there; a step that fails is recorded, and the others
+go on.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from .register import register, unregister
 
 if TYPE_CHECKING:
     from .config import DovetailConfig, TreeShape
-    from .engines import prepare_target, restore_target
     from .modeling import DovetailAssistantModel
     from .plugin import DovetailCandidateGenerator
+    from .prepare import prepare_target, restore_target
     from .stats import GenerationStats
 
 try:
@@ -29,8 +29,8 @@ _HOMES = {
     "GenerationStats": "stats",
     "DovetailAssistantModel": "modeling",
     "DovetailCandidateGenerator": "plugin",
-    "prepare_target": "engines",
-    "restore_target": "engines",
+    "prepare_target": "prepare",
+    "restore_target": "prepare",
 }
 
 __all__ = [*_HOMES, "register", "unregister", "__version__"]

@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from .dispatch import Move
+
 _SMALLEST_BUFFER = 64
 
 
@@ -69,11 +71,11 @@ class GrowingLayer(DynamicLayer):
         """Positions held."""
         return self.length
 
-    def keep(self, start: int, indices: Tensor) -> None:
-        """After position `start`, keep only the positions `start + indices` (ascending), moved together."""
-        self.length = start + len(indices)
+    def keep(self, start: int, positions: Tensor) -> None:
+        """After position `start`, keep only `positions` (ascending, on the layer's device), moved together."""
+        self.length = start + len(positions)
         for buffer in self._buffers or ():
-            buffer[:, :, start : self.length] = buffer[:, :, (indices + start).to(buffer.device)]
+            buffer[:, :, start : self.length] = buffer[:, :, positions]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` positions, with `DynamicLayer.crop`'s sign."""
@@ -111,14 +113,19 @@ class GrowingCache(DynamicCache):
         """Positions held by every layer."""
         return self.layers[0].length
 
-    def keep(self, start: int, path: Sequence[int]) -> None:
-        """Of the positions after `start`, keep those of a path of the tree (ascending), and nothing else."""
+    def keep(self, start: int, path: Sequence[int], move: Move = Tensor.to) -> None:
+        """Of the positions after `start`, keep those of a path of the tree (ascending), and nothing else.
+
+        Layers may be on several devices; `move` brings the positions to each.
+        """
         if list(path) == list(range(len(path))):
             self.truncate(start + len(path))
             return
-        indices = torch.tensor(path, device="cpu")
+        positions = torch.tensor(path, device="cpu") + start
+        used = {layer.device for layer in self.layers if layer.is_initialized}
+        there = {device: move(positions, device) for device in used}
         for layer in self.layers:
-            layer.keep(start, indices)
+            layer.keep(start, there[layer.device] if layer.is_initialized else positions)
 
     def truncate(self, length: int) -> None:
         """Forget every position from `length` on; the buffers stay."""

@@ -36,8 +36,9 @@ def run_calibrate(arguments: argparse.Namespace) -> None:
 
     from .calibrate import calibrate
     from .demo import load_pair
-    from .engines import engine_of, prepare_target
+    from .engines import engine_of
     from .modeling import DovetailAssistantModel
+    from .prepare import prepare_target
 
     if arguments.target is None:
         target, draft, _ = load_pair()

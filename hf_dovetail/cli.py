@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _demo(arguments: argparse.Namespace) -> None:
     from .demo import demo_prompts, load_pair, report, run_demo
-    from .engines import prepare_target
+    from .prepare import prepare_target
 
     if arguments.repeats < 1:
         raise ValueError(f"--repeats is {arguments.repeats}; expected at least 1")
@@ -72,8 +72,8 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-    from .engines import prepare_target
     from .modeling import DovetailAssistantModel
+    from .prepare import prepare_target
 
     tokenizer = AutoTokenizer.from_pretrained(existing(arguments.target))
     target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype="auto")

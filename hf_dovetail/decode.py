@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .accept import Accepted, Select, walk
@@ -69,7 +70,7 @@ def decode(
             stats.count(tree, accepted)
             finished, token = accepted.finished, accepted.tokens[-1]
             if not finished:
-                drafting.add(accepted.tokens, _rows(output.features, accepted.path))
+                drafting.add(accepted.tokens, _rows(output.features, accepted.path, stats))
             drafting.learn(tree, accepted, *turn.times())
             if watch is not None:
                 watch(Round(tree, accepted))
@@ -91,8 +92,8 @@ class _Turn:
         return stats.draft_ms - draft_ms, stats.verify_ms - verify_ms, 1e3 * (time.perf_counter() - begin)
 
 
-def _rows(features: Tensor | None, path: tuple[int, ...]) -> Tensor | None:
-    """The features (1, T, h) of the rows on a path."""
+def _rows(features: Tensor | None, path: tuple[int, ...], stats: GenerationStats) -> Tensor | None:
+    """The features (1, T, h) of the rows on a path, where the target has left them."""
     if features is None or features.shape[1] == len(path):  # all of them
         return features
-    return features[:, list(path)]
+    return features.index_select(1, stats.moved(torch.tensor(path, device="cpu"), features.device))

@@ -174,6 +174,8 @@ class Waiting:
         self._tokens, self._new, self._features, self.count = [], [], [], 0
 
     def _moved(self, data: Tensor) -> Tensor:
-        """Data on the draft's device, or on the way there, counted."""
-        self._stats.bytes_to_draft += data.nbytes
-        return to_device(data, self._drafter.device)
+        """Data on the draft's device, or on the way there; counted unless the target's last layers left it there."""
+        device = self._drafter.device
+        if data.device != device or device.type == "cpu":
+            self._stats.bytes_to_draft += data.nbytes
+        return to_device(data, device)

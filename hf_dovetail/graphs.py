@@ -20,14 +20,13 @@ from .config import TreeShape
 from .draws import Choice
 from .levels import expand_on_device, tree_rows
 from .modeling import DovetailAssistantModel
+from .rows import ROUND_ROWS as _ROWS
 from .rows import RowBuffer, rounded
 from .steps import FusionSteps
 from .tree import rerank
 
 logger = logging.get_logger(__name__)
 
-_ROWS = 16
-"""Committed rows that a round computes, real ones and padding; earlier ones are computed before it."""
 _EAGER_ROUNDS = 2
 """Rounds of a kind before it is captured: a kind that occurs once is not worth it."""
 _MOST_GRAPHS = 32

@@ -18,6 +18,7 @@ from transformers.utils import logging
 from .controller import AutoController, Experience
 from .costs import Costs
 from .curves import CostCurves, curves_path, load_curves, save_curves
+from .dispatch import dispatch_of
 from .engines import engine_of
 from .fingerprint import accelerator_name, cpu_name, geometry, versions
 from .modeling import DovetailAssistantModel
@@ -61,7 +62,8 @@ _lock = Lock()
 
 def learned_of(draft: DovetailAssistantModel, target: PreTrainedModel) -> Learned:
     """What is known of this draft on this target, engine, number of threads and device; new at the first meeting."""
-    setting = engine_of(target), chosen_threads(), str(draft.device), str(target.device), target.dtype, draft.dtype
+    where = str(draft.device), str(target.device), *_layers_there(target)
+    setting = engine_of(target), chosen_threads(), *where, target.dtype, draft.dtype
     with _lock:
         settings = _known.setdefault(draft, WeakKeyDictionary()).setdefault(target, {})
         if setting not in settings:
@@ -88,6 +90,12 @@ def describe(target: PreTrainedModel, draft: DovetailAssistantModel) -> dict[str
         "engine": engine_of(target),
         "threads": chosen_threads(),
         "cpu": [cpu_name(), torch.backends.cpu.get_cpu_capability()],
-        "devices": [target.device.type, accelerator_name(draft.device)],
+        "devices": [target.device.type, accelerator_name(draft.device), *_layers_there(target)],
         "versions": versions(),
     }
+
+
+def _layers_there(target: PreTrainedModel) -> list[int]:
+    """How many of the target's layers are on an accelerator, where at least its LM head is."""
+    dispatch = dispatch_of(target)
+    return [] if dispatch is None else [dispatch.layers]

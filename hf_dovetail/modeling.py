@@ -359,6 +359,10 @@ class DovetailAssistantModel(PreTrainedModel):
         logits = logits if scale == 1.0 else logits * scale
         return cap * torch.tanh(logits / cap) if cap else logits
 
+    def shared_tensors(self) -> list[Tensor]:
+        """What it has taken from the target that it met last."""
+        return [] if self._shared is None else self._shared.tensors
+
     @property
     def _weights(self) -> SharedWeights:
         if self._shared is None:

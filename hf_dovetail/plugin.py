@@ -27,12 +27,14 @@ from .config import TreeShape
 from .controller import LARGEST, Controller
 from .decode import decode
 from .devices import to_device, to_host
+from .dispatch import HOST, Move, dispatch_of
 from .draft import DraftSession
 from .drafting import Drafting
 from .draws import SharedDraws
 from .learned import Learned, learned_of
-from .levels import KeepGoing
+from .levels import KeepGoing, tree_rows
 from .modeling import DovetailAssistantModel
+from .rows import ROUND_ROWS
 from .stats import GenerationStats
 from .target import Context, FeatureTap, open_target
 from .threads import target_threads
@@ -172,8 +174,9 @@ class TokenSelector:
         criteria: StoppingCriteriaList,
         config: GenerationConfig,
         streamer: BaseStreamer | None,
+        move: Move = Tensor.to,
     ) -> None:
-        self.input_ids = input_ids
+        self.input_ids, self._move = input_ids, move
         self._processors, self._criteria, self._streamer = processors, criteria, streamer
         self._do_sample, self._max_length = config.do_sample, config.max_length
         keeps = config.return_dict_in_generate
@@ -182,7 +185,10 @@ class TokenSelector:
 
     def __call__(self, logits: Tensor) -> tuple[int, bool]:
         """Choose from (1, V) logits; return the token and whether the answer ends with it."""
-        raw = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
+        device = self.input_ids.device
+        if logits.device != device and self._needs_only_the_best:
+            return self._take(self._move(logits.float().argmax(dim=-1), device))
+        raw = self._move(logits, device).to(copy=True, dtype=torch.float32)
         processed = self._processors(self.input_ids, raw)
         if self.scores is not None:
             self.scores += (processed,)
@@ -192,10 +198,20 @@ class TokenSelector:
             token = torch.multinomial(nn.functional.softmax(processed, dim=-1), num_samples=1).squeeze(1)
         else:
             token = torch.argmax(processed, dim=-1)
+        return self._take(token)
+
+    @property
+    def _needs_only_the_best(self) -> bool:
+        """Whether nobody looks at the logits: then those of a target on another device stay there."""
+        return not (self._do_sample or self._processors or self.scores is not None or self.logits is not None)
+
+    def _take(self, token: Tensor) -> tuple[int, bool]:
+        """Enter a chosen token (1,); it, and whether the answer ends with it."""
         self.input_ids = torch.cat([self.input_ids, token[:, None]], dim=-1)
-        finished = bool(self._criteria(self.input_ids, self.scores).all())
+        finished = bool(self._move(self._criteria(self.input_ids, self.scores), HOST).all())
+        token = self._move(token, HOST)
         if self._streamer is not None:
-            self._streamer.put(token.cpu())
+            self._streamer.put(token)
         return int(token), finished
 
     def remaining(self) -> int:
@@ -271,7 +287,11 @@ def dovetail_decoding(
     largest = smaller(shape, assistant_model.setbacks)
     nodes, sharpness = largest.nodes, sharpness_of(generation_config)
     try:
-        capacity, draws = input_ids.shape[1] + nodes, draws_of(target, generation_config, logits_processor, input_ids)
+        draws = draws_of(target, generation_config, logits_processor, input_ids)
+        known, dispatch = input_ids.shape[1], dispatch_of(target)
+        if dispatch is not None:  # room was planned for; growing would take it twice for a moment
+            known = max(known, min(generation_config.max_length, dispatch.context))
+        capacity = known + (nodes if dispatch is None else max(ROUND_ROWS, nodes, tree_rows(largest)))
         drafter = DovetailCandidateGenerator(assistant_model, target, capacity, sharpness, draws)
     except Exception as error:
         if assistant_model.strict or not is_out_of_memory(error):
@@ -285,14 +305,20 @@ def dovetail_decoding(
             error,
         )
         return plainly()
-    selector = TokenSelector(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+    move = Tensor.to if dispatch is None else stats.moved
+    prompt, mask, positions = (
+        None if data is None else move(data, target.device)
+        for data in (input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
+    )
+    selector = TokenSelector(input_ids, logits_processor, stopping_criteria, generation_config, streamer, move)
     context = Context(
         cache=model_kwargs["past_key_values"],
-        attention_mask=model_kwargs.get("attention_mask"),
-        position_ids=model_kwargs.get("position_ids"),
+        attention_mask=mask,
+        position_ids=positions,
         prompt_length=input_ids.shape[1],
         max_length=generation_config.max_length,
         options={k: v for k, v in model_kwargs.items() if k not in _PREPARED and v is not None},
+        move=move,
     )
     learned, controller = _controller(assistant_model, target, generation_config.do_sample)
     controller.largest = largest
@@ -306,7 +332,7 @@ def dovetail_decoding(
     try:
         with target_threads(), verifier:
             watch = assistant_model.watch
-            decode(verifier, drafting, input_ids, prefill, selector, selector.remaining, stats, watch)
+            decode(verifier, drafting, prompt, prefill, selector, selector.remaining, stats, watch)
     finally:
         assistant_model.last_stats = stats
     if learned is not None:

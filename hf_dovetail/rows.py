@@ -16,6 +16,9 @@ from torch import Tensor
 EXTENT = 256
 """Buffers, and the keys that a fixed-shape step looks at, come in multiples of this many rows."""
 
+ROUND_ROWS = 16
+"""Committed rows that a fixed-shape round computes, real ones and padding; earlier ones are computed before it."""
+
 
 def rounded(rows: int) -> int:
     """`rows`, rounded up to a multiple of `EXTENT`."""

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .accept import Accepted
 from .tree import DraftTree
 
@@ -24,7 +27,7 @@ class GenerationStats(Mapping):
         accepted_by_depth: rounds that kept a node at depth 1, 2, ...
         prefill_ms, draft_ms, verify_ms, overhead_ms: wall time; overhead is everything else in the call.
         bytes_to_draft, bytes_to_target: data handed from one model to the other (over the link, where the two
-            are on different devices).
+            are on different devices); of a target with layers on the draft's device, all that goes there, and back.
         draft_failed: whether the draft failed on the way, and the rest was decoded plainly.
     """
 
@@ -68,6 +71,15 @@ class GenerationStats(Mapping):
             yield
         finally:
             setattr(self, name, getattr(self, name) + 1e3 * (time.perf_counter() - begin))
+
+    def moved(self, data: Tensor, device: torch.device) -> Tensor:
+        """Data on a device; what crosses to get there is counted."""
+        if data.device != device:
+            if device.type == "cpu":
+                self.bytes_to_target += data.nbytes
+            else:
+                self.bytes_to_draft += data.nbytes
+        return data.to(device)
 
     def count(self, tree: DraftTree, accepted: Accepted) -> None:
         """Enter one round."""

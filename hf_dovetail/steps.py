@@ -112,7 +112,7 @@ class LanguageModelSteps:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `levels.Stepper`."""
-        return self._draft.logits(hidden) * self._sharpness
+        return self._draft.logits(hidden).to(self._device) * self._sharpness
 
     def forget(self) -> None:
         """Drop the tree's rows."""
@@ -120,4 +120,5 @@ class LanguageModelSteps:
         self._slots, self._level = self._slots[:0], 0
 
     def _step(self, tokens: Tensor, slots: Tensor, keys: Tensor, allowed: Tensor) -> Tensor:
-        return self._draft(tokens, None, self.start + slots, self._mask(allowed, slots, keys), self.cache)
+        hidden = self._draft(tokens, None, self.start + slots, self._mask(allowed, slots, keys), self.cache)
+        return hidden.to(self._device)  # a target that drafts for itself may end on another device

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 from .attention import BranchingMask, why_not_branching
 from .cache import GrowingCache, can_branch, num_cache_layers
 from .config import TreeShape
+from .dispatch import Move, dispatch_of
 from .prefill.modules import layers_of
 from .probe import branches_rightly
 from .tree import DraftTree
@@ -51,6 +52,7 @@ class Context:
         prompt_length: tokens given, with or without those that the cache holds already; a hint for the cache.
         max_length: longest sequence that will be asked for, as a hint for the cache.
         options: further keyword arguments that every forward pass gets, such as `output_router_logits`.
+        move: copies a tensor to a device, and counts what crosses; for targets whose layers are on two devices.
     """
 
     cache: Cache
@@ -59,6 +61,7 @@ class Context:
     prompt_length: int
     max_length: int
     options: dict[str, Any] = field(default_factory=dict)
+    move: Move = Tensor.to
 
     @property
     def padding(self) -> int:
@@ -89,10 +92,11 @@ class FeatureTap:
         inner = _layers(model, decoder) if enabled and max(layers) >= 0 else []
         self._decoder, self._modules = decoder, [decoder if layer < 0 else inner[layer] for layer in layers]
 
-    def __call__(self, forward: Callable[[], Any]) -> tuple[Any, Tensor | None]:
+    def __call__(self, forward: Callable[[], Any], move: Move = Tensor.to) -> tuple[Any, Tensor | None]:
         """The pass's output, and features of all its rows (several decoder passes, if it is chunked).
 
-        The features are (B, T, n * h), those of n layers side by side.
+        The features are (B, T, n * h), those of n layers side by side, where the last of them is; `move` brings the
+        others there, if the target's layers are on two devices.
         """
         if not self._enabled:
             return forward(), None
@@ -104,7 +108,7 @@ class FeatureTap:
             hooks.callback(self._decoder.register_forward_hook(_counting(passes)).remove)
             output = forward()
         layers = [_joined(parts, dim=1) for parts in taken]
-        return output, _joined([layer.to(layers[-1].device) for layer in layers], dim=-1)  # a target may be spread
+        return output, _joined([move(layer, layers[-1].device) for layer in layers], dim=-1)
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:
@@ -170,6 +174,8 @@ class Target(AbstractContextManager):
 
     def __init__(self, model: PreTrainedModel, context: Context, tap: FeatureTap, nodes: int) -> None:
         self.model, self._context, self._tap, self._nodes = model, context, tap, nodes
+        self._dispatch = dispatch_of(model)
+        self._move = Tensor.to if self._dispatch is None else context.move
         self._past = self.held = context.cache.get_seq_length()
         self.first = max(self._past, context.padding)
         self._root: Tensor | None = None  # position of the first new token
@@ -186,7 +192,7 @@ class Target(AbstractContextManager):
 
         The features are those of the positions from `first` on.
         """
-        output, features = self._tap(lambda: forward(self.cache))
+        output, features = self._run(lambda: forward(self.cache))
         if output.past_key_values is not self.cache:  # a model may start a cache of its own (longrope)
             self._context.cache = output.past_key_values
             self._adopt()
@@ -222,13 +228,30 @@ class Target(AbstractContextManager):
         """The cache in the form in which plain `generate` returns it."""
         raise NotImplementedError
 
-    def _forward(self, tree: DraftTree, attention_mask: Any) -> TargetOutput:
+    def _run(
+        self, forward: Callable[[], Any], given: Sequence[tuple[Tensor, Tensor]] = ()
+    ) -> tuple[Any, Tensor | None]:
+        """A pass and its features; of a target on two devices the logits stay where they are.
+
+        `given`: tensors that the pass reads, each beside the same on the other device.
+        """
+        if self._dispatch is None:
+            return self._tap(forward)
+        with self._dispatch.verifying(self._move, given):
+            result = self._tap(forward, self._move)
+        self._dispatch.wait()
+        return result
+
+    def _forward(
+        self, tree: DraftTree, attention_mask: Any, given: Sequence[tuple[Tensor, Tensor]] = ()
+    ) -> TargetOutput:
         positions = {}
         if self._root is not None:
             positions["position_ids"] = self._root + self._new + tree.depths.to(self._root.device)
         inputs = {"input_ids": tree.tokens.to(self.model.device), **positions, **self._context.options}
-        output, features = self._tap(
-            lambda: self.model(**inputs, attention_mask=attention_mask, past_key_values=self.cache, use_cache=True)
+        output, features = self._run(
+            lambda: self.model(**inputs, attention_mask=attention_mask, past_key_values=self.cache, use_cache=True),
+            given,
         )
         return TargetOutput(output.logits, features)
 
@@ -246,27 +269,46 @@ class TreeTarget(Target):
     def _adopt(self) -> None:
         self._branching = BranchingMask(self.model)
         mask = self._context.attention_mask
-        self._prompt_mask = None if mask is None else mask.bool().cpu()  # (1, n)
-        capacity = min(self._context.max_length, self._context.prompt_length + 256) + self._nodes + 1
+        self._prompt_masks = {} if mask is None else {mask.device: mask.bool()}  # (1, n), where they were needed so far
+        soon = self._context.prompt_length + 256
+        if self._dispatch is not None:  # room was planned for; growing would take it twice for a moment
+            soon = max(soon, self._dispatch.context)
+        capacity = min(self._context.max_length, soon) + self._nodes + 1
         self.cache = GrowingCache.adopt(self._context.cache, num_cache_layers(self.model.config), capacity)
 
     def verify(self, tree: DraftTree) -> TargetOutput:
         """One forward pass over the root and all nodes of the tree."""
         if tree.num_nodes == 0:  # plain decoding: the model makes its own mask, as it would there
             return self._forward(tree, self._causal_mask(1))
-        held, rows = self.held, tree.tokens.shape[1]
-        prefix = torch.ones(1, rows, held, dtype=torch.bool, device="cpu")
-        if self._prompt_mask is not None:
-            prefix[:, :, : self._prompt_mask.shape[1]] = self._prompt_mask
-        slots = held + tree.depths
-        keys = torch.cat((torch.arange(held, device="cpu").unsqueeze(0), slots), dim=1)
-        allowed = torch.cat((prefix, tree.ancestors), dim=-1)
-        device = self.model.device
-        return self._forward(tree, self._branching(allowed.to(device), slots.to(device), keys.to(device)))
+        parts = tree.ancestors, tree.depths
+        here, dispatch = self._tree_mask(*parts, self.model.device), self._dispatch
+        if dispatch is None or dispatch.layers == 0:
+            return self._forward(tree, here)
+        there = self._tree_mask(*parts, dispatch.device)  # made there: a tree is small, a mask is not
+        pairs = [(here[name], there[name]) for name in here] if isinstance(here, dict) else [(here, there)]
+        return self._forward(tree, here, pairs)
+
+    def _tree_mask(self, ancestors: Tensor, depths: Tensor, device: torch.device) -> Tensor | dict[str, Tensor]:
+        """The mask of a tree on a device, from (1, R, R) and (1, R) of its rows."""
+        held, rows = self.held, depths.shape[1]
+        prefix = torch.ones(1, rows, held, dtype=torch.bool, device=device)
+        mask = self._prompt_mask(device)
+        if mask is not None:
+            prefix[:, :, : mask.shape[1]] = mask
+        slots = held + self._move(depths, device)
+        keys = torch.cat((torch.arange(held, device=device).unsqueeze(0), slots), dim=1)
+        return self._branching(torch.cat((prefix, self._move(ancestors, device)), dim=-1), slots, keys)
+
+    def _prompt_mask(self, device: torch.device) -> Tensor | None:
+        """(1, n) bool; it goes to a device once."""
+        masks = self._prompt_masks
+        if masks and device not in masks:
+            masks[device] = self._move(next(iter(masks.values())), device)
+        return masks.get(device)
 
     def commit(self, path: tuple[int, ...]) -> None:
         """Keep a path of the verified tree, root first, and forget its other nodes."""
-        self.cache.keep(self.held, path)
+        self.cache.keep(self.held, path, self._move)
         self.held += len(path)
 
     def finish(self) -> Cache:

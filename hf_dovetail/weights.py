@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .config import DovetailConfig, eagle3_layers
+from .dispatch import dispatch_of
 from .eight_bits import EightBitMatrix
 from .packed import PackedWeight
 
@@ -81,7 +82,8 @@ def _placed(weight: Tensor, place: Place) -> Tensor | EightBitMatrix:
     """A target's weight where the draft wants it, itself if it is there already."""
     device, dtype, _ = place
     if not _in_eight_bits(weight, place):
-        return weight.detach().to(device=device, dtype=dtype)
+        there = (weight.device, weight.dtype) == (device, dtype)
+        return weight.detach() if there else weight.detach().to(device=device, dtype=dtype)
     return EightBitMatrix(weight.kernel.dense() if isinstance(weight, PackedWeight) else weight).to(device)
 
 
@@ -108,7 +110,7 @@ def _shared_tensors(target: PreTrainedModel, config: DovetailConfig) -> dict[str
     """The target's embedding matrix, LM head matrix and LM head bias, those that are there and that the draft lacks."""
     tensors = {}
     if not config.own_embeddings:
-        tensors["embedding"] = target.get_input_embeddings().weight
+        tensors["embedding"] = _embedding(target)
     if config.fusion != "eagle3":  # which has a head of its own
         head = target.get_output_embeddings()
         if head is None or getattr(head, "weight", None) is None:
@@ -118,6 +120,14 @@ def _shared_tensors(target: PreTrainedModel, config: DovetailConfig) -> dict[str
         bias = getattr(head, "bias", None)
         tensors |= {"head": head.weight} if bias is None else {"head": head.weight, "bias": bias}
     return tensors
+
+
+def _embedding(target: PreTrainedModel) -> Tensor:
+    """The target's embedding matrix; of a tied one whose LM head is on a device, the copy that is there."""
+    dispatch = dispatch_of(target)
+    if dispatch is not None and dispatch.tied:
+        return target.get_output_embeddings().weight
+    return target.get_input_embeddings().weight
 
 
 def check_fits(config: DovetailConfig, target: PreTrainedModel) -> None:

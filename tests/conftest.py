@@ -11,6 +11,7 @@ import tiny
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from two_devices import Accelerator
 
 import hf_dovetail
 from hf_dovetail import DovetailAssistantModel, TreeShape
@@ -94,6 +95,14 @@ def real_draft() -> DovetailAssistantModel:
     draft = DovetailAssistantModel.from_causal_lm(lm)
     draft.draft_device, draft.tree = "cpu", TreeShape()
     return draft
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> Accelerator:
+    """A simulated second device, there inside `with accelerator:`."""
+    simulated = Accelerator()
+    simulated.install(monkeypatch)
+    return simulated
 
 
 @pytest.fixture

@@ -13,18 +13,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from two_devices import DEVICE, Accelerator, Remote
 
-from hf_dovetail import DovetailAssistantModel, TreeShape
+from hf_dovetail import DovetailAssistantModel, TreeShape, prepare, prepare_target
 from hf_dovetail.decode import Round
 from hf_dovetail.devices import to_device, to_host
+from hf_dovetail.dispatch import anatomy_of, dispatch_of
+from hf_dovetail.placement import Limits, planned
 
-ROUND_KIB = 80  # of a 7 B shape with 16 nodes, in both directions
-
-
-@pytest.fixture
-def accelerator(monkeypatch: pytest.MonkeyPatch) -> Accelerator:
-    simulated = Accelerator()
-    simulated.install(monkeypatch)
-    return simulated
+ROUND_KIB, HEAD_ROUND_KIB = 80, 144  # of a 7 B shape with 16 nodes, in both directions
 
 
 @pytest.mark.parametrize(
@@ -174,3 +169,34 @@ def test_a_round_of_a_7_b_shape_moves_at_most_80_kib(ids: Tensor, accelerator: A
         assert features < after - before <= features + 512
         assert after - before <= ROUND_KIB * 1024
     assert {shape for way, shape, _ in accelerator.copies if way == "out"} >= {(1, 3, 16)}
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_with_the_lm_head_on_the_device_a_round_moves_at_most_144_kib(
+    layers: int, ids: Tensor, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hidden states of root and nodes cross once, for logits and draft alike; of the logits only the choices."""
+    monkeypatch.setattr(prepare, "head_times_ms", lambda head, rows, device: (2.0, 1.0))
+    target = repeating_target()
+    plain = target.generate(ids % 64, max_new_tokens=40, do_sample=False)
+    draft = DovetailAssistantModel.from_target(target)
+    draft.tree, draft.draft_device, moved = TreeShape(16, 7, 10), str(DEVICE), []
+
+    def watch(done: Round) -> None:
+        moved.append((len(done.accepted.tokens), accelerator.bytes_in + accelerator.bytes_out))
+
+    draft.watch = watch
+    sizes, draft_sizes = prepare.target_sizes_of(target, anatomy_of(target)), prepare.draft_sizes_of(draft, target)
+    least = planned(sizes, draft_sizes, Limits(0, 128, 16, 0), layers).total
+    with accelerator:
+        prepare_target(target, "eager", least * 64 // 63 + 1, draft, context=128)
+        assert dispatch_of(target).layers == layers
+        ours = target.generate(ids % 64, assistant_model=draft, max_new_tokens=40, do_sample=False)
+    assert torch.equal(ours, plain)
+    assert max(tokens for tokens, _ in moved) == 9
+    hidden = 17 * 4096 * 2
+    for (_, before), (_, after) in pairwise(moved[:-1]):
+        assert hidden < after - before <= hidden + 2048 <= HEAD_ROUND_KIB * 1024
+    stats = draft.last_stats
+    assert hidden * (stats.rounds - 1) < stats.bytes_to_draft < (hidden + 2048) * stats.rounds + 8192 * ids.shape[1]
+    assert stats.bytes_to_target < 512 * stats.rounds

@@ -13,6 +13,7 @@ device must stay as it is.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 DEVICE = torch.device("xpu:0")
 _ops = torch.ops.aten
@@ -34,6 +36,9 @@ _STOPS_THE_HOST = {
     _ops.unique_consecutive,
     _ops._unique2,
 }
+
+
+_alive: WeakIdKeyDictionary = WeakIdKeyDictionary()  # every remote tensor that somebody has
 
 
 class Remote(Tensor):
@@ -54,6 +59,7 @@ class Remote(Tensor):
                 requires_grad=held.requires_grad,
             )
         remote.held = held
+        _alive[remote] = True
         return remote
 
     @property
@@ -79,10 +85,13 @@ class Accelerator(TorchDispatchMode):
         copies: every copy, as ("in" or "out", shape, bytes).
         blocking: of these, the ones for which the host stands still.
         awaited: how often the host has waited for an event.
+        waits: whether the host may wait for the device; what a draft does must not.
+        memory: bytes that the device says it has.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.waits, self.memory = False, 8 << 30
         self.bytes_in = self.bytes_out = 0
         self.copies: list[tuple[str, tuple[int, ...], int]] = []
         self.blocking: list[tuple[str, tuple[int, ...], int]] = []
@@ -95,7 +104,7 @@ class Accelerator(TorchDispatchMode):
             return self._postponed(*args[:2])
         kwargs = dict(kwargs or {})
         pinned = kwargs.pop("pin_memory", False)
-        result = _computed(func, args, kwargs, self._copied)
+        result = _computed(func, args, kwargs, self._copied, self.waits)
         return _pin(result) if pinned else result
 
     def _postponed(self, into: Tensor, source: Tensor) -> Tensor:
@@ -146,7 +155,11 @@ class Accelerator(TorchDispatchMode):
         monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
         monkeypatch.setattr(torch.xpu, "_lazy_init", lambda: None)
         monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+        monkeypatch.setattr(torch, "tensor", _tensor)
         monkeypatch.setattr(torch.accelerator, "synchronize", lambda device=None: None)
+        monkeypatch.setattr(torch.xpu, "mem_get_info", lambda device=None: (self.memory - held_bytes(), self.memory))
+        monkeypatch.setattr(torch.xpu, "memory_allocated", lambda device=None: held_bytes())
+        monkeypatch.setattr(torch.xpu, "memory_reserved", lambda device=None: held_bytes())
 
     def install_streams(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Give the device streams and page-locked memory (see the module's first lines)."""
@@ -204,7 +217,26 @@ def _pin(data: Tensor) -> Tensor:
     return data
 
 
-def _computed(func: Any, args: tuple, kwargs: dict[str, Any], count: Callable[..., None] | None) -> Any:
+_plain_tensor = torch.tensor
+
+
+def _tensor(data: Any, *, device: Any = None, **options: Any) -> Tensor:
+    """`torch.tensor`, which makes its result below the dispatcher. A program's constant is no data that crosses."""
+    made = _plain_tensor(data, **options)
+    return Remote(made) if device is not None and torch.device(device).type == DEVICE.type else made
+
+
+def held_bytes(collect: bool = True) -> int:
+    """What live tensors hold on the simulated device; without `collect` also dead ones in cycles."""
+    if collect:
+        gc.collect()
+    storages = {remote.held.untyped_storage().data_ptr(): remote.held.untyped_storage() for remote in _alive}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _computed(
+    func: Any, args: tuple, kwargs: dict[str, Any], count: Callable[..., None] | None, may_wait: bool = False
+) -> Any:
     packet = func.overloadpacket
     tensors = [value for value in _pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     remote = [tensor for tensor in tensors if isinstance(tensor, Remote)]
@@ -217,10 +249,11 @@ def _computed(func: Any, args: tuple, kwargs: dict[str, Any], count: Callable[..
         raise RuntimeError(
             f"{func}: expected all tensors on one device, got {[(tuple(t.shape), str(t.device)) for t in tensors]}"
         )
-    if remote and packet in _STOPS_THE_HOST:
+    if remote and packet in _STOPS_THE_HOST and not may_wait:
         raise RuntimeError(f"{func} would stop the host until the device is done")
     if (
         remote
+        and not may_wait
         and packet in (_ops.index, _ops.index_put, _ops.index_put_)
         and any(isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) for part in args[1])
     ):

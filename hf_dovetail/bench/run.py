@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from ..calibrate import calibrate
 from ..config import TreeShape
-from ..engines import ENGINES, prepare_target
+from ..engines import ENGINES
+from ..prepare import prepare_target
 from . import llamacpp
 from .machine import read_bandwidth, record
 from .models import Models
