@@ -29,6 +29,13 @@ class KeyValueStore(Protocol):
         """Add (B, H, T, D) states of block `layer`; return all that its rows may look at, (B, H, K, D)."""
 
 
+def finish_logits(logits: Tensor, logit_scale: float, final_logit_softcapping: float | None) -> Tensor:
+    """What a target does behind its LM head to (B, T, V) logits: a factor (Cohere, Granite), a soft cap (Gemma 2)."""
+    logits = logits if logit_scale == 1.0 else logits * logit_scale
+    cap = final_logit_softcapping
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation, computed in float32 whatever the precision."""
 

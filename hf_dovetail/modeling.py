@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .attention import BranchingMask, why_not_branching
-from .blocks import KeyValueStore, RMSNorm, RotaryTable, Rotation, fold_mask, make_blocks, make_fusion
+from .blocks import KeyValueStore, RMSNorm, RotaryTable, Rotation, finish_logits, fold_mask, make_blocks, make_fusion
 from .cache import GrowingCache, num_cache_layers
 from .config import DovetailConfig, TreeShape
 from .formats import hub_options, read_config, read_published
@@ -321,9 +321,7 @@ class DovetailAssistantModel(PreTrainedModel):
             logits = self.lm_head(hidden if self.config.norm_output else self.norm(hidden)).float()
         else:
             logits = F.linear(hidden, self._weights.head, self._weights.bias).float()
-        scale, cap = self.config.logit_scale, self.config.final_logit_softcapping
-        logits = logits if scale == 1.0 else logits * scale
-        return cap * torch.tanh(logits / cap) if cap else logits
+        return finish_logits(logits, self.config.logit_scale, self.config.final_logit_softcapping)
 
     @property
     def _weights(self) -> SharedWeights:
