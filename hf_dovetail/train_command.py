@@ -139,10 +139,10 @@ def _regenerated(
 
 def _train(arguments: argparse.Namespace) -> None:
     import torch
-    from accelerate import PartialState
 
     from .modeling import DovetailAssistantModel
     from .train import Extras, train_draft
+    from .train.processes import this_process
 
     if arguments.features is None:
         target, tokenizer = _load_target(arguments)
@@ -160,7 +160,7 @@ def _train(arguments: argparse.Namespace) -> None:
     torch.manual_seed(recipe.seed)
     draft = DovetailAssistantModel.from_target(target, arguments.blocks, arguments.fusion).float()
     train_draft(draft, target, text, recipe, arguments.out, extras=extras)
-    if PartialState().is_main_process:
+    if this_process().is_main_process:
         print(f"the draft is in {arguments.out}")
 
 
@@ -194,15 +194,14 @@ def _prompts(arguments: argparse.Namespace, recipe: Recipe, tokenizer: PreTraine
 
 
 def _capture(arguments: argparse.Namespace) -> None:
-    from accelerate import PartialState
-
     from .config import DovetailConfig
     from .train import capture_features
+    from .train.processes import this_process
 
     target, tokenizer = _load_target(arguments)
     windows = _windows(arguments, tokenizer, list(arguments.data), arguments.window)
     layers = DovetailConfig.for_target(target.config, 1, arguments.fusion).feature_layers
     capture_features(target, windows, arguments.out, batch=arguments.batch, layers=layers)
-    if PartialState().is_main_process:
+    if this_process().is_main_process:
         tokenizer.save_pretrained(arguments.out)
         print(f"the features of {len(windows):,} windows are in {arguments.out}")

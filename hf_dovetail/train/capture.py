@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from ..modeling import DovetailAssistantModel
 from ..weights import feature_layers
 from .features import Batch, capture, fingerprint, text_facts
 from .files import check_facts, write_whole
+from .processes import this_process
 from .text import Windows
 
 MANIFEST, SHARED = "manifest.json", "shared.safetensors"
@@ -59,7 +59,7 @@ def capture_features(
         ValueError: if `folder` holds the features of another target, text or layers.
         OSError: if a shard cannot be written; those before are kept.
     """
-    state, folder, layers = PartialState(), Path(folder), sorted({*layers, -1})
+    state, folder, layers = this_process(), Path(folder), sorted({*layers, -1})
     facts = {
         "target": fingerprint(target),
         "text": text_facts(windows),

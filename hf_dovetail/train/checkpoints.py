@@ -98,10 +98,14 @@ class Checkpoint:
         remove(self.path)
 
 
-def facts_of(recipe: Recipe, draft: DovetailAssistantModel, source: Source) -> dict[str, Any]:
-    """What makes a run the same run."""
+def facts_of(recipe: Recipe, draft: DovetailAssistantModel, source: Source, split: bool) -> dict[str, Any]:
+    """What makes a run the same run; `split`: whether no process has whole weights, which checkpoints then hold apart.
+
+    The number of processes is no part of it: a step is the same on any.
+    """
     return {
         "recipe": asdict(recipe),
+        "weights": "split" if split else "whole",
         "draft": {name: getattr(draft.config, name) for name in _DRAFT_FACTS},
         **source.facts,
     }

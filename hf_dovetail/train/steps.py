@@ -24,6 +24,7 @@ class DraftLoss(nn.Module):
     def __init__(self, draft: DovetailAssistantModel, recipe: Recipe) -> None:
         super().__init__()
         self.draft, self.recipe = draft, recipe
+        self._no_split_modules = sorted({type(layer).__name__ for layer in draft.layers})  # what FSDP splits apart
 
     def forward(self, batch: Batch, noise: Tensor, weights: Tensor | None) -> Tensor:
         """The loss of a part, see `losses.unrolled_loss`."""

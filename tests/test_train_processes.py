@@ -1,0 +1,168 @@
+"""Training on several processes: the same steps as on one, also where FSDP splits the weights, and after a resume."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from training import RECIPE, ROOT, Interrupting, load_target, losses, metrics, new_draft, python_windows, weights
+from transformers import PreTrainedModel
+
+from hf_dovetail import DovetailAssistantModel
+from hf_dovetail.recipe import Recipe
+from hf_dovetail.train import Extras, StoredFeatures, Windows, train_draft
+
+SPLIT = replace(RECIPE, steps=6, save_every=2, validate_every=2)
+
+BEGIN = """
+import sys
+from pathlib import Path
+import torch
+sys.path.insert(0, {tests!r})
+from accelerate.state import AcceleratorState
+from hf_dovetail.train import Windows, capture_features, train_draft
+from hf_dovetail.train.processes import this_process
+from test_train_processes import SPLIT, extras
+from training import Interrupting, load_target, new_draft
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+data = torch.load(folder / "data.pt")
+windows = Windows(data["ids"], data["counted"])
+target = load_target()
+
+def train(out, text=windows):
+    return train_draft(new_draft(target), target, text, SPLIT, folder / out, extras=extras(windows))
+
+def interrupted(out, batches):
+    try:
+        train(out, Interrupting(windows, batches))
+    except KeyboardInterrupt:
+        return
+    raise AssertionError("nothing interrupted the run")
+"""
+
+WHOLE = (
+    BEGIN
+    + """
+capture_features(target, Windows(data["ids"][:12]), folder / "features", shard_windows=3)
+assert this_process().num_processes == 2
+train("draft")
+interrupted("from two", 3)
+train("from one", Interrupting(windows, 4))  # two of six steps are done; a run from the start would be interrupted
+"""
+)
+
+FSDP = (
+    """
+import os
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+PartialState(cpu=True)  # accelerate has FSDP for accelerators only; all that it does with one runs on CPUs too
+assert PartialState._shared_state["distributed_type"] == DistributedType.MULTI_CPU
+PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+os.environ |= {{"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}}
+"""
+    + BEGIN
+    + """
+from torch.distributed.tensor import DTensor
+interrupted("split", 5)
+draft = train("split", Interrupting(windows, 2))
+assert AcceleratorState().distributed_type == DistributedType.FSDP
+assert not any(isinstance(p, DTensor) for p in draft.parameters())
+torch.save(draft.state_dict(), folder / f"weights{{this_process().process_index}}.pt")
+try:
+    train("from one")
+except ValueError as error:
+    (folder / "refused.txt").write_text(str(error))
+"""
+)
+
+
+def extras(windows: Windows) -> Extras:
+    return Extras(prompts=list(windows.ids[:3].long().split(1)), new_tokens=8)
+
+
+def launch(script: str, windows: Windows, folder: Path) -> None:
+    """Run a script on two CPU processes, as users do."""
+    (folder / "run.py").write_text(script.format(tests=str(ROOT / "tests")))
+    torch.save({"ids": windows.ids, "counted": windows.counted}, folder / "data.pt")
+    command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    options = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = subprocess.run(
+        [sys.executable, *command, *options, str(folder / "run.py"), str(folder)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+@pytest.fixture(scope="module")
+def target() -> PreTrainedModel:
+    return load_target()
+
+
+@pytest.fixture(scope="module")
+def windows() -> Windows:
+    return python_windows()
+
+
+@pytest.fixture(scope="module")
+def one(target: PreTrainedModel, windows: Windows, tmp_path_factory) -> Path:
+    """What one process trains, as a folder."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("processes") / "one"
+    train_draft(new_draft(target), target, windows, SPLIT, out, extras=extras(windows))
+    return out
+
+
+def interrupt(target: PreTrainedModel, windows: Windows, recipe: Recipe, out: Path) -> None:
+    """A run of one process, cut after its first checkpoint."""
+    with pytest.raises(KeyboardInterrupt):
+        train_draft(new_draft(target), target, Interrupting(windows, 3), recipe, out, extras=extras(windows))
+
+
+def same_run(out: Path, one: Path, draft: DovetailAssistantModel | None = None) -> None:
+    """Losses, validations and weights, up to the order of sums."""
+    assert losses(out) == pytest.approx(losses(one), rel=1e-4)
+    rates = [[row["tokens_per_round"] for row in metrics(folder)] for folder in (out, one)]
+    assert rates[0] == rates[1]
+    ours = weights(draft or DovetailAssistantModel.from_pretrained(out))
+    torch.testing.assert_close(ours, weights(DovetailAssistantModel.from_pretrained(one)), rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_train_what_one_does(target, windows, one: Path, tmp_path: Path) -> None:
+    """Guards a draft whose own methods a wrapper hides, gradients that are not averaged, parts that both processes
+    read, and a resume that depends on how many there were."""
+    interrupt(target, windows, SPLIT, tmp_path / "from one")
+    launch(WHOLE, windows, tmp_path)
+    same_run(tmp_path / "draft", one)
+    same_run(tmp_path / "from one", one)
+    left = Interrupting(windows, 4)
+    train_draft(new_draft(target), target, left, SPLIT, tmp_path / "from two", extras=extras(windows))
+    same_run(tmp_path / "from two", one)
+    assert len(StoredFeatures(tmp_path / "features")) == 12
+    other = train_draft(new_draft(target), target, windows, replace(RECIPE, seed=1), tmp_path / "other")
+    assert losses(tmp_path / "other")[:4] != pytest.approx(losses(one)[:4], rel=1e-3)
+    assert not torch.allclose(weights(other), weights(DovetailAssistantModel.from_pretrained(one)), atol=1e-2)
+
+
+def test_split_weights_train_what_whole_ones_do(target, windows, one: Path, tmp_path: Path) -> None:
+    """accelerate's FSDP 2, checkpoints and gathering on two CPU processes: steps, validation by decoding, resume, and
+    the finished draft, which all processes get whole. A checkpoint of whole weights is refused."""
+    interrupt(target, windows, SPLIT, tmp_path / "from one")
+    launch(FSDP, windows, tmp_path)
+    same_run(tmp_path / "split", one)
+    for process in (0, 1):
+        state = torch.load(tmp_path / f"weights{process}.pt")
+        assert state.keys() == new_draft(target).state_dict().keys()
+        flat = torch.cat([tensor.flatten() for tensor in state.values()])
+        assert torch.equal(flat, weights(DovetailAssistantModel.from_pretrained(tmp_path / "split")))
+    assert "its weights is whole, this run's is split" in (tmp_path / "refused.txt").read_text()
