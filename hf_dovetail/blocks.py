@@ -257,6 +257,7 @@ class RotaryTable:
     def __init__(self, config: DovetailConfig) -> None:
         self._config = config
         self._rope: nn.Module | None = None
+        self._frequencies: dict[torch.device, Tensor] = {}
         self._tables: dict[tuple[torch.device, torch.dtype], Rotation] = {}
 
     def __reduce__(self) -> tuple:
@@ -273,7 +274,9 @@ class RotaryTable:
 
             with torch.device("cpu"):
                 self._rope = LlamaRotaryEmbedding(self._config)
-        angles = positions[..., None].float() * self._rope.inv_freq.to(positions.device)  # (B, T, D / 2)
+        if positions.device not in self._frequencies:  # so that they cross to a device once
+            self._frequencies[positions.device] = self._rope.inv_freq.to(positions.device)
+        angles = positions[..., None].float() * self._frequencies[positions.device]  # (B, T, D / 2)
         scale = self._rope.attention_scaling
         cos, sin = angles.cos() * scale, angles.sin() * scale
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)

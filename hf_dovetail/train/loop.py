@@ -91,7 +91,7 @@ def train_draft(
     Args:
         draft: a new draft, in float32.
         target: the target it imitates (or its stand-in, with captured features and without validation); it is moved
-            to the training device, and nothing else of it changes.
+            to the training device, unless accelerate has spread it over devices, and nothing else of it changes.
         text: (N, W) int64 ids of the training text, W at least `recipe.window`; or windows with what counts in them;
             or captured features.
         recipe: how to train.
@@ -118,7 +118,7 @@ def train_draft(
     checkpoint = Checkpoint(out, facts_of(recipe, draft, source, splits_weights(accelerator)))
     run = _Run(draft, target, source, recipe, extras, accelerator, progress, checkpoint, out, csv)
     draft.draft_device, training = accelerator.device, target.training
-    if isinstance(source, LiveFeatures) or recipe.validate_every:
+    if (isinstance(source, LiveFeatures) or recipe.validate_every) and not _is_placed(target):
         target.to(accelerator.device)
     target.eval()
     try:
@@ -132,6 +132,11 @@ def _source(target: PreTrainedModel, text: Tensor | Windows | Source) -> Source:
     if isinstance(text, Tensor):
         text = Windows(text)
     return LiveFeatures(target, text) if isinstance(text, Windows) else text
+
+
+def _is_placed(target: PreTrainedModel) -> bool:
+    """Whether accelerate's hooks say where its parts are (`device_map`)."""
+    return any(hasattr(module, "_hf_hook") for module in target.modules())
 
 
 def _check(source: Source, recipe: Recipe, extras: Extras, out: Path) -> None:
@@ -200,13 +205,12 @@ def _step(run: _Run, module: nn.Module, chosen: list[torch.optim.Optimizer]) -> 
     accelerator, recipe = run.accelerator, run.recipe
     total = torch.zeros((), device=accelerator.device)
     index, processes = accelerator.process_index, accelerator.num_processes
-    width = run.draft.config.feature_size
-    for part in parts_of_step(run.source, recipe, width, run.progress.generator, index, processes):
+    for part in parts_of_step(run.source, recipe, run.progress.generator, index, processes):
         with accelerator.accumulate(module):
             with accelerator.autocast():
                 batch = run.source.batch(part.rows, recipe.window, run.draft)
                 weights = None if part.weights is None else part.weights.to(accelerator.device)
-                loss = module(batch, part.noise, weights)
+                loss = module(batch, part.seeds, weights)
             total += loss.detach() / recipe.accumulate
             accelerator.backward(loss)
             if accelerator.sync_gradients:

@@ -6,7 +6,7 @@ part or in several.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..modeling import DovetailAssistantModel
 from ..recipe import Recipe
 from .features import Batch, Source
-from .losses import draw_noise, row_weights, unrolled_loss
+from .losses import draw_seeds, row_weights, unrolled_loss
 
 
 class DraftLoss(nn.Module):
@@ -26,9 +26,9 @@ class DraftLoss(nn.Module):
         self.draft, self.recipe = draft, recipe
         self._no_split_modules = sorted({type(layer).__name__ for layer in draft.layers})  # what FSDP splits apart
 
-    def forward(self, batch: Batch, noise: Tensor, weights: Tensor | None) -> Tensor:
+    def forward(self, batch: Batch, seeds: Sequence[int], weights: Tensor | None) -> Tensor:
         """The loss of a part, see `losses.unrolled_loss`."""
-        return unrolled_loss(self.draft, batch.ids, batch.features, batch.logits, self.recipe, noise, weights)
+        return unrolled_loss(self.draft, batch.ids, batch.features, batch.logits, self.recipe, seeds, weights)
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,22 @@ class Part:
     """A process's share of a step, or of a part of it.
 
     Args:
-        rows: (B,) windows. noise: (B, W-1, h). weights: (B, W-1) or None, as `losses.unrolled_loss` takes them.
+        rows: (B,) windows. seeds: B, and weights: (B, W-1) or None, as `losses.unrolled_loss` takes them.
     """
 
     rows: Tensor
-    noise: Tensor
+    seeds: list[int]
     weights: Tensor | None
 
 
 def parts_of_step(
-    source: Source, recipe: Recipe, width: int, generator: torch.Generator, process: int, processes: int
+    source: Source, recipe: Recipe, generator: torch.Generator, process: int, processes: int
 ) -> Iterator[Part]:
     """The parts of the next step that belong to `process`, `recipe.accumulate` of them.
 
     Args:
         source: the training material.
         recipe: batch, window and number of parts.
-        width: of the features.
         generator: on the CPU; at the same place on all processes.
         process, processes: this process's number, and how many there are.
     """
@@ -64,9 +63,9 @@ def parts_of_step(
         shares = row_weights(counted)
         shares = (shares * (parts / shares.sum().clamp(min=1.0))).chunk(parts)
     for number, chosen in enumerate(rows.chunk(parts)):
-        noise = draw_noise((len(chosen), recipe.window, width), generator)
+        seeds = draw_seeds(len(chosen), generator)
         if number % processes == process:
-            yield Part(chosen, noise, None if shares is None else shares[number])
+            yield Part(chosen, seeds, None if shares is None else shares[number])
 
 
 def check_parts(recipe: Recipe, processes: int) -> None:
