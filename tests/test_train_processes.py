@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,7 @@ train("from one", Interrupting(windows, 4))  # two of six steps are done; a run 
 """
 )
 
-FSDP = (
-    """
+FSDP = """
 import os
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -67,14 +67,22 @@ assert PartialState._shared_state["distributed_type"] == DistributedType.MULTI_C
 PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 os.environ |= {{"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}}
 """
-    + BEGIN
+
+DEEPSPEED = """
+from accelerate import PartialState
+PartialState(backend="gloo")  # accelerate names a backend for accelerators only
+"""
+
+SPLITTING = (
+    BEGIN
     + """
 from torch.distributed.tensor import DTensor
 interrupted("split", 5)
 draft = train("split", Interrupting(windows, 2))
-assert AcceleratorState().distributed_type == DistributedType.FSDP
+assert AcceleratorState().num_processes == 2
 assert not any(isinstance(p, DTensor) for p in draft.parameters())
 torch.save(draft.state_dict(), folder / f"weights{{this_process().process_index}}.pt")
+(folder / "type.txt").write_text(AcceleratorState().distributed_type.value)
 try:
     train("from one")
 except ValueError as error:
@@ -82,20 +90,22 @@ except ValueError as error:
 """
 )
 
+ON_CPU = {"ACCELERATE_USE_CPU": "true"}
+
 
 def extras(windows: Windows) -> Extras:
     return Extras(prompts=list(windows.ids[:3].long().split(1)), new_tokens=8)
 
 
-def launch(script: str, windows: Windows, folder: Path) -> None:
+def launch(script: str, windows: Windows, folder: Path, kind: str = "--multi_gpu", **environment: str) -> None:
     """Run a script on two CPU processes, as users do."""
     (folder / "run.py").write_text(script.format(tests=str(ROOT / "tests")))
     torch.save({"ids": windows.ids, "counted": windows.counted}, folder / "data.pt")
-    command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    command = ["-m", "accelerate.commands.launch", *kind.split(), "--num_processes", "2", "--num_machines", "1"]
     options = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     done = subprocess.run(
         [sys.executable, *command, *options, str(folder / "run.py"), str(folder)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environment or ON_CPU)},
         capture_output=True,
         text=True,
         check=False,
@@ -158,11 +168,27 @@ def test_split_weights_train_what_whole_ones_do(target, windows, one: Path, tmp_
     """accelerate's FSDP 2, checkpoints and gathering on two CPU processes: steps, validation by decoding, resume, and
     the finished draft, which all processes get whole. A checkpoint of whole weights is refused."""
     interrupt(target, windows, SPLIT, tmp_path / "from one")
-    launch(FSDP, windows, tmp_path)
-    same_run(tmp_path / "split", one)
+    launch(FSDP + SPLITTING, windows, tmp_path)
+    assert (tmp_path / "type.txt").read_text() == "FSDP"
+    split_like_whole(tmp_path, one)
+
+
+@pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_what_one_process_does(stage: int, target, windows, one: Path, tmp_path: Path) -> None:
+    """The same with ZeRO, whose configuration is told what a data loader would tell it."""
+    interrupt(target, windows, SPLIT, tmp_path / "from one")
+    kind = f"--use_deepspeed --zero_stage {stage} --zero3_save_16bit_model true --gradient_clipping {SPLIT.clip}"
+    launch(DEEPSPEED + SPLITTING, windows, tmp_path, kind, DS_ACCELERATOR="cpu")
+    assert (tmp_path / "type.txt").read_text() == "DEEPSPEED"
+    split_like_whole(tmp_path, one)
+
+
+def split_like_whole(folder: Path, one: Path) -> None:
+    """What `SPLITTING` leaves: the run of one process, whole drafts, and a refusal."""
+    same_run(folder / "split", one)
+    finished = weights(DovetailAssistantModel.from_pretrained(folder / "split"))
     for process in (0, 1):
-        state = torch.load(tmp_path / f"weights{process}.pt")
-        assert state.keys() == new_draft(target).state_dict().keys()
-        flat = torch.cat([tensor.flatten() for tensor in state.values()])
-        assert torch.equal(flat, weights(DovetailAssistantModel.from_pretrained(tmp_path / "split")))
-    assert "its weights is whole, this run's is split" in (tmp_path / "refused.txt").read_text()
+        state = torch.load(folder / f"weights{process}.pt")
+        assert torch.equal(torch.cat([tensor.flatten() for tensor in state.values()]), finished)
+    assert "its weights is whole, this run's is split" in (folder / "refused.txt").read_text()

@@ -25,8 +25,8 @@ from .card import write_card
 from .checkpoints import Checkpoint, Progress, facts_of
 from .features import LiveFeatures, Source
 from .files import remove, whole, write_whole
-from .processes import splits_weights, whole_draft
-from .steps import DraftLoss, check_parts, optimizers, parts_of_step
+from .processes import splits_weights, tell_batch, whole_draft
+from .steps import DraftLoss, optimizers, parts_of_step, windows_of_a_part
 from .text import Windows
 from .tracking import CsvTracker, trackers
 from .validate import validate
@@ -113,7 +113,7 @@ def train_draft(
     out.mkdir(parents=True, exist_ok=True)
     csv, log_with = trackers(extras.log_with, out / "metrics.csv")
     accelerator = _accelerator(recipe, log_with, out)
-    check_parts(recipe, accelerator.num_processes)
+    tell_batch(accelerator, windows_of_a_part(recipe, accelerator.num_processes))
     progress = Progress(0, torch.Generator().manual_seed(recipe.seed))
     checkpoint = Checkpoint(out, facts_of(recipe, draft, source, splits_weights(accelerator)))
     run = _Run(draft, target, source, recipe, extras, accelerator, progress, checkpoint, out, csv)

@@ -20,6 +20,15 @@ def splits_weights(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
+def tell_batch(accelerator: Accelerator, windows: int) -> None:
+    """Tell DeepSpeed how many windows a process computes at a time, where its configuration leaves that to a data
+    loader: there is none."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        if config.get("train_micro_batch_size_per_gpu", "auto") == "auto":
+            config["train_micro_batch_size_per_gpu"] = windows
+
+
 def whole_draft(draft: DovetailAssistantModel, module: nn.Module, accelerator: Accelerator) -> DovetailAssistantModel:
     """A draft that can draft: itself, or a copy on every process if its weights are split over them.
 

@@ -68,17 +68,18 @@ def parts_of_step(
             yield Part(chosen, seeds, None if shares is None else shares[number])
 
 
-def check_parts(recipe: Recipe, processes: int) -> None:
-    """Refuse a batch that does not fall into equal parts.
+def windows_of_a_part(recipe: Recipe, processes: int) -> int:
+    """How many windows a process computes at a time.
 
     Raises:
-        ValueError: naming the numbers.
+        ValueError: if a batch does not fall into equal parts, naming the numbers.
     """
     if recipe.batch % (recipe.accumulate * processes):
         raise ValueError(
             f"a step's {recipe.batch} windows do not fall into {recipe.accumulate} equal parts on {processes} "
             f"processes; choose a batch that is a multiple of {recipe.accumulate * processes}"
         )
+    return recipe.batch // (recipe.accumulate * processes)
 
 
 def optimizers(module: nn.Module, recipe: Recipe, sharded: bool) -> list[torch.optim.Optimizer]:

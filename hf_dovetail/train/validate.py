@@ -83,6 +83,7 @@ def validate(
                 assistant_model=draft,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                synced_gpus=False,  # which ZeRO 3 would ask for; the target is whole on every process
             )
             stats = draft.last_stats
             sums[0] += stats.rounds
