@@ -10,6 +10,7 @@ from where an operation makes it to where the last reference to it goes. What is
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -93,33 +94,33 @@ class Need:
 class CapturedFeatures(StoredFeatures):
     """What reading captured features makes, without the files."""
 
-    def __init__(self, windows: Windows, target: nn.Module) -> None:
-        self.facts = {"layers": [-1]}
-        self.counted, self.window, self.target = windows.counted, windows.ids.shape[1], target
-        self._ids = windows.ids
-
-    def __len__(self) -> int:
-        return len(self._ids)
+    def __init__(self, target: Any, windows: Windows) -> None:
+        self.target, self.facts, self._ids = target, {"layers": [-1]}, windows.ids
 
     def _read(self, rows: Tensor, length: int, names: Any) -> list[Tensor]:
         width = self.target.config.hidden_size
         return [self._ids[rows, :length], torch.empty(len(rows), length, width, dtype=torch.bfloat16)]
 
 
-def needed(shape: dict[str, int], recipe: Recipe, captured: bool, blocks: int = 1) -> Need:
-    """What one step needs, on the fly (target in bfloat16 beside the draft) or from captured features."""
-    with FakeTensorMode():
+def needed(shape: dict[str, int], recipe: Recipe, captured: bool, blocks: int = 1, fake: bool = True) -> Need:
+    """What one step needs, on the fly (target in bfloat16 beside the draft) or from captured features.
+
+    Args:
+        shape: of a Llama. recipe: whose step it is, on one process. blocks: of the draft.
+        fake: whether the tensors have no data.
+    """
+    windows, rows = Windows(torch.zeros(64, recipe.window).long()), torch.arange(windows_of_a_part(recipe, processes=1))
+    source = (CapturedFeatures if captured else LiveFeatures)(None, windows)
+    with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
         target = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16).eval()
         draft = DovetailAssistantModel(DovetailConfig.for_target(target.config, blocks, "dgf")).train()
         draft._shared = SharedWeights.of(target, draft.config, draft.device, draft.dtype)
-        windows = Windows(torch.zeros(64, recipe.window, dtype=torch.long))
-        source = CapturedFeatures(windows, target) if captured else LiveFeatures(target, windows)
+        source.target = target
         module, ledger = DraftLoss(draft, recipe), Ledger()
         held = [*draft.parameters(), *draft._weights.tensors, *([] if captured else target.parameters())]
         with ledger:
             ledger.note(held)
             before = ledger.now()
-            rows = torch.arange(windows_of_a_part(recipe, processes=1))
             with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
                 batch = source.batch(rows, recipe.window, draft)
                 loss = module(batch, range(len(rows)), None)
