@@ -121,11 +121,12 @@ def needed(shape: dict[str, int], recipe: Recipe, captured: bool, blocks: int = 
         with ledger:
             ledger.note(held)
             before = ledger.now()
-            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
-                batch = source.batch(rows, recipe.window, draft)
-                loss = module(batch, range(len(rows)), None)
-            loss.backward()
-            del batch, loss
+            for _ in range(min(recipe.accumulate, 2)):  # from the second part on the gradients are there before
+                with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
+                    batch = source.batch(rows, recipe.window, draft)
+                    loss = module(batch, range(len(rows)), None)
+                loss.backward()
+                del batch, loss
     weights, gradients = _bytes(draft.parameters()), _bytes(p.grad for p in draft.parameters())
     return Need(
         target=0 if captured else _bytes(target.parameters()),
@@ -165,7 +166,7 @@ def rows() -> Iterator[dict[str, Any]]:
                 for unroll in (1, 3):
                     need = needed(shape, replace(recipe, accumulate=accumulate, unroll=unroll), captured)
                     yield {
-                        "target": name,
+                        "model": name,
                         "features": "captured" if captured else "on the fly",
                         "windows_at_a_time": recipe.batch // accumulate,
                         "unroll": unroll,

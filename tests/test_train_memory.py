@@ -1,4 +1,4 @@
-"""What training needs on a GPU, computed from real modules: the count is the allocator's, and a 7 B target fits 24 GB."""
+"""What training needs on a GPU, computed from real modules: the count is the allocator's, a 7 B target fits 24 GB."""
 
 from __future__ import annotations
 
@@ -83,5 +83,7 @@ def test_a_7_b_target_is_trained_on_24_gb() -> None:
     assert live.total - captured.total > live.target
     unrolled = needed(SEVEN_B, replace(MUON, unroll=3), captured=False)
     assert unrolled.total > live.total + GIB
-    assert needed(SEVEN_B, replace(MUON, unroll=3, accumulate=4), captured=False).total < 22 * GIB
+    in_parts = needed(SEVEN_B, replace(MUON, unroll=3, accumulate=4), captured=False)
+    assert in_parts.total < 22 * GIB
+    assert in_parts.step > 0.2 * unrolled.step
     assert live.optimizer < 0.51 * needed(SEVEN_B, ADAMW, captured=True).optimizer
