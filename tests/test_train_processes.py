@@ -19,6 +19,7 @@ from hf_dovetail.recipe import Recipe
 from hf_dovetail.train import Extras, StoredFeatures, Windows, train_draft
 
 SPLIT = replace(RECIPE, steps=6, save_every=2, validate_every=2)
+HALF = replace(RECIPE, steps=2, precision="bf16")
 
 BEGIN = """
 import sys
@@ -28,7 +29,7 @@ sys.path.insert(0, {tests!r})
 from accelerate.state import AcceleratorState
 from hf_dovetail.train import Windows, capture_features, train_draft
 from hf_dovetail.train.processes import this_process
-from test_train_processes import SPLIT, extras
+from test_train_processes import HALF, SPLIT, extras
 from training import Interrupting, load_target, new_draft
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
@@ -82,6 +83,7 @@ draft = train("split", Interrupting(windows, 2))
 assert AcceleratorState().num_processes == 2
 assert not any(isinstance(p, DTensor) for p in draft.parameters())
 torch.save(draft.state_dict(), folder / f"weights{{this_process().process_index}}.pt")
+train_draft(new_draft(target), target, windows, HALF, folder / "half")
 (folder / "type.txt").write_text(AcceleratorState().distributed_type.value)
 try:
     train("from one")
@@ -170,7 +172,7 @@ def test_split_weights_train_what_whole_ones_do(target, windows, one: Path, tmp_
     interrupt(target, windows, SPLIT, tmp_path / "from one")
     launch(FSDP + SPLITTING, windows, tmp_path)
     assert (tmp_path / "type.txt").read_text() == "FSDP"
-    split_like_whole(tmp_path, one)
+    split_like_whole(tmp_path, one, target, windows)
 
 
 @pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed")
@@ -181,14 +183,18 @@ def test_deepspeed_trains_what_one_process_does(stage: int, target, windows, one
     kind = f"--use_deepspeed --zero_stage {stage} --zero3_save_16bit_model true --gradient_clipping {SPLIT.clip}"
     launch(DEEPSPEED + SPLITTING, windows, tmp_path, kind, DS_ACCELERATOR="cpu")
     assert (tmp_path / "type.txt").read_text() == "DEEPSPEED"
-    split_like_whole(tmp_path, one)
+    split_like_whole(tmp_path, one, target, windows)
 
 
-def split_like_whole(folder: Path, one: Path) -> None:
-    """What `SPLITTING` leaves: the run of one process, whole drafts, and a refusal."""
+def split_like_whole(folder: Path, one: Path, target: PreTrainedModel, windows: Windows) -> None:
+    """What `SPLITTING` leaves: the run of one process, in bfloat16 too, whole drafts, and a refusal."""
     same_run(folder / "split", one)
     finished = weights(DovetailAssistantModel.from_pretrained(folder / "split"))
     for process in (0, 1):
         state = torch.load(folder / f"weights{process}.pt")
         assert torch.equal(torch.cat([tensor.flatten() for tensor in state.values()]), finished)
     assert "its weights is whole, this run's is split" in (folder / "refused.txt").read_text()
+    train_draft(new_draft(target), target, windows, HALF, folder / "half of one")
+    half = losses(folder / "half of one")
+    assert losses(folder / "half") == pytest.approx(half, rel=5e-4)
+    assert half[0] not in (losses(one)[0], pytest.approx(losses(one)[0], rel=1e-6))

@@ -26,7 +26,7 @@ from .checkpoints import Checkpoint, Progress, facts_of
 from .features import LiveFeatures, Source
 from .files import remove, whole, write_whole
 from .processes import splits_weights, tell_batch, whole_draft
-from .steps import DraftLoss, optimizers, parts_of_step, windows_of_a_part
+from .steps import DraftLoss, autocast, optimizers, parts_of_step, windows_of_a_part
 from .text import Windows
 from .tracking import CsvTracker, trackers
 from .validate import validate
@@ -152,11 +152,11 @@ def _check(source: Source, recipe: Recipe, extras: Extras, out: Path) -> None:
 
 
 def _accelerator(recipe: Recipe, log_with: list, out: Path) -> Accelerator:
-    """An accelerator in the recipe's precision, whatever another run in this process had."""
-    if AcceleratorState._shared_state.get("_mixed_precision", recipe.precision) != recipe.precision:
+    """An accelerator that leaves the precision to the recipe, whatever another one in this process had."""
+    if AcceleratorState._shared_state.get("_mixed_precision", "no") != "no":
         AcceleratorState._reset_state()
     return Accelerator(
-        mixed_precision=recipe.precision,
+        mixed_precision="no",
         gradient_accumulation_steps=recipe.accumulate,
         log_with=log_with,
         project_dir=out,
@@ -207,10 +207,10 @@ def _step(run: _Run, module: nn.Module, chosen: list[torch.optim.Optimizer]) -> 
     index, processes = accelerator.process_index, accelerator.num_processes
     for part in parts_of_step(run.source, recipe, run.progress.generator, index, processes):
         with accelerator.accumulate(module):
-            with accelerator.autocast():
+            with autocast(recipe, accelerator.device):
                 batch = run.source.batch(part.rows, recipe.window, run.draft)
-                weights = None if part.weights is None else part.weights.to(accelerator.device)
-                loss = module(batch, part.seeds, weights)
+            weights = None if part.weights is None else part.weights.to(accelerator.device)
+            loss = module(batch, part.seeds, weights)
             total += loss.detach() / recipe.accumulate
             accelerator.backward(loss)
             if accelerator.sync_gradients:

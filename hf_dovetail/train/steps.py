@@ -28,7 +28,13 @@ class DraftLoss(nn.Module):
 
     def forward(self, batch: Batch, seeds: Sequence[int], weights: Tensor | None) -> Tensor:
         """The loss of a part, see `losses.unrolled_loss`."""
-        return unrolled_loss(self.draft, batch.ids, batch.features, batch.logits, self.recipe, seeds, weights)
+        with autocast(self.recipe, batch.ids.device):
+            return unrolled_loss(self.draft, batch.ids, batch.features, batch.logits, self.recipe, seeds, weights)
+
+
+def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
+    """The recipe's precision. Ours and not accelerate's, whose wrappers cast weights in ways of their own."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
 
 
 @dataclass(frozen=True)
