@@ -355,6 +355,7 @@ def run_trial(name: str, material: Material, reference_steps: int, path: Path, m
         "losses": [round(loss, 4) for loss in run.losses[:: max(1, run.steps // 20)]],
         "greedy_tokens_rounds": greedy,
         "sampled_tokens_rounds": sampled,
+        "draws_known": True,
     }
 
 
@@ -388,6 +389,7 @@ def summaries(work: Path) -> Iterator[dict[str, Any]]:
             "difference": round(rate_of(greedy) - rate_of(reference["greedy_tokens_rounds"]), 3),
             "standard_error": round(paired_error(greedy, reference["greedy_tokens_rounds"]), 3),
             "at_temperature_1": round(rate_of(result["sampled_tokens_rounds"]), 3),
+            "draws_known": result.get("draws_known", False),  # not by the loop of the first trials
             "cost_of_a_step": result["cost_of_a_step"],
             "steps": result["steps"],
             "trial": result["trial"],
