@@ -85,5 +85,5 @@ def test_a_7_b_target_is_trained_on_24_gb() -> None:
     assert unrolled.total > live.total + GIB
     in_parts = needed(SEVEN_B, replace(MUON, unroll=3, accumulate=4), captured=False)
     assert in_parts.total < 22 * GIB
-    assert in_parts.step > 0.2 * unrolled.step
+    assert in_parts.step > 0.35 * unrolled.step  # gradients of the part before are there
     assert live.optimizer < 0.51 * needed(SEVEN_B, ADAMW, captured=True).optimizer
