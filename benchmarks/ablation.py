@@ -64,6 +64,7 @@ class Trial:
     Args:
         recipe: how it is trained; its steps are set by the clock.
         blocks: decoder blocks.
+        fusion: how features and tokens meet, "dgf" or "eagle".
         mlp: width of the blocks' MLP relative to the target's.
         sharpness: the target's logits are multiplied by it before the draft imitates them.
         own_share: share of windows that the target wrote itself.
@@ -73,6 +74,7 @@ class Trial:
 
     recipe: Recipe = OURS
     blocks: int = 2
+    fusion: str = "dgf"
     mlp: float = 1.0
     sharpness: float = 1.0
     own_share: float = 1 / 3
@@ -145,6 +147,17 @@ TRIALS = {
     "own embedding": Trial(own_embedding=True),
     "vocabulary 2048": Trial(vocabulary=2048),
     "batch 64": _with(batch=64),
+    "EAGLE fusion": Trial(fusion="eagle"),
+    "paper's losses, EAGLE fusion": Trial(_LOSSES, fusion="eagle"),
+    "paper's losses, 1 block, EAGLE fusion": Trial(_LOSSES, blocks=1, fusion="eagle"),
+    "paper, EAGLE fusion": Trial(PAPER, fusion="eagle"),
+    "paper's losses, cosine": Trial(replace(_LOSSES, schedule="cosine")),
+    "paper's losses, plateau": Trial(replace(_LOSSES, schedule="plateau")),
+    "paper's losses, MLP twice as wide": Trial(_LOSSES, mlp=2.0),
+    "paper's losses, MLP half as wide": Trial(_LOSSES, mlp=0.5),
+    "paper's losses, own embedding": Trial(_LOSSES, own_embedding=True),
+    "paper's losses, vocabulary 2048": Trial(_LOSSES, vocabulary=2048),
+    "paper's losses, seed 1": Trial(replace(_LOSSES, seed=1)),
 }
 
 
@@ -192,7 +205,7 @@ class Training:
         recipe, target = replace(self.trial.recipe, steps=self.steps), self.material.target
         self.recipe, self.generator = recipe, torch.Generator().manual_seed(recipe.seed)
         torch.manual_seed(recipe.seed)
-        config = DovetailConfig.for_target(target.config, self.trial.blocks, "dgf")
+        config = DovetailConfig.for_target(target.config, self.trial.blocks, self.trial.fusion)
         config.intermediate_size = round(config.intermediate_size * self.trial.mlp)
         self.draft = DovetailAssistantModel(config)
         self.draft.reset_parameters()
@@ -342,6 +355,7 @@ def run_trial(name: str, material: Material, reference_steps: int, path: Path, m
         "losses": [round(loss, 4) for loss in run.losses[:: max(1, run.steps // 20)]],
         "greedy_tokens_rounds": greedy,
         "sampled_tokens_rounds": sampled,
+        "draws_known": True,
     }
 
 
@@ -375,6 +389,7 @@ def summaries(work: Path) -> Iterator[dict[str, Any]]:
             "difference": round(rate_of(greedy) - rate_of(reference["greedy_tokens_rounds"]), 3),
             "standard_error": round(paired_error(greedy, reference["greedy_tokens_rounds"]), 3),
             "at_temperature_1": round(rate_of(result["sampled_tokens_rounds"]), 3),
+            "draws_known": result.get("draws_known", False),  # not by the loop of the first trials
             "cost_of_a_step": result["cost_of_a_step"],
             "steps": result["steps"],
             "trial": result["trial"],

@@ -30,6 +30,13 @@ class KeyValueStore(Protocol):
         """Add (B, H, T, D) states of block `layer`; return all that its rows may look at, (B, H, K, D)."""
 
 
+def finish_logits(logits: Tensor, logit_scale: float, final_logit_softcapping: float | None) -> Tensor:
+    """What a target does behind its LM head to (B, T, V) logits: a factor (Cohere, Granite), a soft cap (Gemma 2)."""
+    logits = logits if logit_scale == 1.0 else logits * logit_scale
+    cap = final_logit_softcapping
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation, computed in float32 whatever the precision."""
 
@@ -255,6 +262,7 @@ class RotaryTable:
     def __init__(self, config: DovetailConfig) -> None:
         self._config = config
         self._rope: nn.Module | None = None
+        self._frequencies: dict[torch.device, Tensor] = {}
         self._tables: dict[tuple[torch.device, torch.dtype], Rotation] = {}
 
     def __reduce__(self) -> tuple:
@@ -271,7 +279,9 @@ class RotaryTable:
 
             with torch.device("cpu"):
                 self._rope = LlamaRotaryEmbedding(self._config)
-        angles = positions[..., None].float() * self._rope.inv_freq.to(positions.device)  # (B, T, D / 2)
+        if positions.device not in self._frequencies:  # so that they cross to a device once
+            self._frequencies[positions.device] = self._rope.inv_freq.to(positions.device)
+        angles = positions[..., None].float() * self._frequencies[positions.device]  # (B, T, D / 2)
         scale = self._rope.attention_scaling
         cos, sin = angles.cos() * scale, angles.sin() * scale
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .attention import BranchingMask, why_not_branching
-from .blocks import KeyValueStore, RMSNorm, RotaryTable, Rotation, fold_mask, make_blocks, make_fusion
+from .blocks import KeyValueStore, RMSNorm, RotaryTable, Rotation, finish_logits, fold_mask, make_blocks, make_fusion
 from .cache import GrowingCache, num_cache_layers
 from .config import DovetailConfig, TreeShape
 from .devices import resolve_device
@@ -355,9 +355,7 @@ class DovetailAssistantModel(PreTrainedModel):
             logits = self.lm_head(hidden if self.config.norm_output else self.norm(hidden)).float()
         else:
             logits = multiply(hidden, self._weights.head, self._weights.bias).float()
-        scale, cap = self.config.logit_scale, self.config.final_logit_softcapping
-        logits = logits if scale == 1.0 else logits * scale
-        return cap * torch.tanh(logits / cap) if cap else logits
+        return finish_logits(logits, self.config.logit_scale, self.config.final_logit_softcapping)
 
     def shared_tensors(self) -> list[Tensor]:
         """What it has taken from the target that it met last."""

@@ -1,7 +1,7 @@
 """Registration with transformers, without importing it: each part is put in place when its module is imported.
 
 `import hf_dovetail` must cost next to nothing and work in any order with `import transformers`. So a finder
-waits for the three modules of transformers that take part; those that are there already are served at once.
+waits for the four modules of transformers that take part; those that are there already are served at once.
 """
 
 from __future__ import annotations
@@ -53,21 +53,51 @@ def _patch_generation(module: ModuleType) -> None:
 
     @wraps(validate)
     def validate_generation_mode(self: Any, generation_mode: Any, generation_config: Any, mode_kwargs: dict) -> None:
-        if _is_draft(mode_kwargs.get("assistant_model")):
+        assistant = mode_kwargs.get("assistant_model")
+        if _is_draft(assistant):
             from .plugin import check_request
 
-            check_request(self, mode_kwargs["assistant_model"], generation_mode, generation_config)
-        else:
-            _check_not_wrapped(mode_kwargs.get("assistant_model"))
+            check_request(self, assistant, generation_mode, generation_config)
+        elif assistant is not None:
+            from .formats import check_not_misread
+
+            _check_not_wrapped(assistant)
+            check_not_misread(assistant)
         validate(self, generation_mode, generation_config, mode_kwargs)
 
     mixin._assisted_decoding, mixin._validate_generation_mode = assisted_decoding, validate_generation_mode
 
 
 def _restore_generation(module: ModuleType) -> None:
-    for name, original in _originals.items():
-        setattr(module.GenerationMixin, name, original)
-    _originals.clear()
+    for name in ("_assisted_decoding", "_validate_generation_mode"):
+        setattr(module.GenerationMixin, name, _originals.pop(name))
+
+
+def _patch_pipelines(module: ModuleType) -> None:
+    """Let a pipeline take the path of a published draft, whose files look like a Llama's; all else goes on as before.
+
+    A draft that reads its target's features has the target's tokenizer, whatever special tokens its own files name.
+    """
+    load = _originals["load_assistant_model"] = module.load_assistant_model
+
+    @wraps(load)
+    def load_assistant_model(model: Any, assistant_model: Any, assistant_tokenizer: Any) -> tuple[Any, Any]:
+        if isinstance(assistant_model, str) and model.can_generate():
+            from .formats import published_format
+
+            if published_format(assistant_model) is not None:
+                from .modeling import DovetailAssistantModel
+
+                assistant_model = DovetailAssistantModel.from_pretrained(assistant_model, dtype=model.dtype)
+        if _is_draft(assistant_model) and assistant_model.reads_features and model.can_generate():
+            return assistant_model, None
+        return load(model, assistant_model, assistant_tokenizer)
+
+    module.load_assistant_model = load_assistant_model
+
+
+def _restore_pipelines(module: ModuleType) -> None:
+    module.load_assistant_model = _originals.pop("load_assistant_model")
 
 
 def _add_config(module: ModuleType) -> None:
@@ -105,6 +135,7 @@ _PARTS: dict[str, tuple[Callable[[ModuleType], None], Callable[[ModuleType], Non
     "transformers.generation.utils": (_patch_generation, _restore_generation),
     "transformers.models.auto.configuration_auto": (_add_config, _remove_config),
     "transformers.models.auto.modeling_auto": (_add_model, _remove_model),
+    "transformers.pipelines.base": (_patch_pipelines, _restore_pipelines),
 }
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from .train import Skipped, Windows
 
+_FUSIONS = ("dgf", "eagle", "eagle3")
 _DATA_HELP = (
     'text files, JSONL ("text", "messages", "conversations", or "prompt" and "completion"), folders that datasets '
     "saved, or names of data sets (NAME or NAME:SPLIT); of conversations only the assistant's turns are learned"
@@ -31,7 +32,7 @@ def add_train_parsers(commands: Any) -> None:
     train.add_argument("--features", type=Path, help="folder of captured features, instead of --data")
     train.add_argument("--out", required=True, type=Path, help="folder for the draft; an interrupted run resumes there")
     train.add_argument("--blocks", type=int, default=1, help="decoder blocks of the draft, 1 to 6")
-    train.add_argument("--fusion", default="dgf", choices=("dgf", "eagle", "eagle3"), help="the draft's kind")
+    train.add_argument("--fusion", default="dgf", choices=_FUSIONS, help="the draft's kind")
     train.add_argument("--recipe", choices=("default", "paper"), default="default", help="numbers that are not given")
     _add_recipe(train)
     train.add_argument("--regenerate", action="store_true", help="train on the target's own answers to the data")
@@ -45,6 +46,12 @@ def add_train_parsers(commands: Any) -> None:
     _add_data(capture, "folder or name of the target")
     capture.add_argument("--out", required=True, type=Path, help="folder for the features; a killed run goes on there")
     capture.add_argument("--window", type=int, default=Recipe().window, help="tokens per window (default: %(default)s)")
+    capture.add_argument(
+        "--fusion",
+        default="dgf",
+        choices=_FUSIONS,
+        help="the kind of draft to train from them: eagle3 reads three layers more (default: %(default)s)",
+    )
     capture.add_argument("--batch", type=int, default=8, help="windows per forward pass (default: %(default)s)")
     capture.set_defaults(run=_capture)
 
@@ -132,10 +139,10 @@ def _regenerated(
 
 def _train(arguments: argparse.Namespace) -> None:
     import torch
-    from accelerate import PartialState
 
     from .modeling import DovetailAssistantModel
     from .train import Extras, train_draft
+    from .train.processes import this_process
 
     if arguments.features is None:
         target, tokenizer = _load_target(arguments)
@@ -153,7 +160,7 @@ def _train(arguments: argparse.Namespace) -> None:
     torch.manual_seed(recipe.seed)
     draft = DovetailAssistantModel.from_target(target, arguments.blocks, arguments.fusion).float()
     train_draft(draft, target, text, recipe, arguments.out, extras=extras)
-    if PartialState().is_main_process:
+    if this_process().is_main_process:
         print(f"the draft is in {arguments.out}")
 
 
@@ -187,13 +194,14 @@ def _prompts(arguments: argparse.Namespace, recipe: Recipe, tokenizer: PreTraine
 
 
 def _capture(arguments: argparse.Namespace) -> None:
-    from accelerate import PartialState
-
+    from .config import DovetailConfig
     from .train import capture_features
+    from .train.processes import this_process
 
     target, tokenizer = _load_target(arguments)
     windows = _windows(arguments, tokenizer, list(arguments.data), arguments.window)
-    capture_features(target, windows, arguments.out, batch=arguments.batch)
-    if PartialState().is_main_process:
+    layers = DovetailConfig.for_target(target.config, 1, arguments.fusion).feature_layers
+    capture_features(target, windows, arguments.out, batch=arguments.batch, layers=layers)
+    if this_process().is_main_process:
         tokenizer.save_pretrained(arguments.out)
         print(f"the features of {len(windows):,} windows are in {arguments.out}")

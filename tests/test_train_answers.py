@@ -137,28 +137,13 @@ def test_train_from_data_with_its_own_answers_and_validation(tmp_path: Path, cap
 def test_train_from_captured_features_without_the_target(tmp_path: Path, capsys) -> None:
     features, out = str(tmp_path / "features"), tmp_path / "draft"
     capture = ["capture", *COMMON, "--data", str(data(tmp_path)), "--out", features, "--window", "32"]
+    capture += ["--fusion", "eagle3"]
     assert main([*capture, "--strict"]) == 2
     assert "line 4: not JSON" in capsys.readouterr().err
     assert main(capture) == 0
-    assert (
-        main(
-            [
-                "train",
-                "--features",
-                features,
-                "--out",
-                str(out),
-                *SHORT,
-                "--recipe",
-                "paper",
-                "--unroll",
-                "2",
-                "--noise",
-                "0",
-            ]
-        )
-        == 0
-    )
+    changes = ["--recipe", "paper", "--unroll", "2", "--noise", "0", "--fusion", "eagle3"]
+    assert main(["train", "--features", features, "--out", str(out), *SHORT, *changes]) == 0
+    assert DovetailAssistantModel.from_pretrained(out).config.feature_layers == [2, 4, 5]
     recipe = json.loads((out / "recipe.json").read_text())
     assert (recipe["learning_rate"], recipe["steps"], recipe["unroll"], recipe["noise"]) == (3e-5, 2, 2, 0.0)
     assert AutoTokenizer.from_pretrained(out).vocab_size == 4096

@@ -1,20 +1,27 @@
 """Captured features: the same loss as on the fly, whole shards after a kill, a wrong target refused."""
 
 import json
+import os
 import resource
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_dovetail import DovetailAssistantModel
+from hf_dovetail import DovetailAssistantModel, DovetailConfig
 from hf_dovetail.demo import pair_path
 from hf_dovetail.recipe import Recipe
-from hf_dovetail.train import LiveFeatures, StoredFeatures, Windows, capture_features, train_draft
+from hf_dovetail.train import LiveFeatures, StoredFeatures, Windows, capture, capture_features, train_draft
 
+ROOT = Path(__file__).resolve().parent.parent
 RECIPE = Recipe(steps=4, batch=4, window=32, learning_rate=3e-3, warmup=1, distribution_weight=1.0, unroll=2)
 
 
@@ -36,19 +43,30 @@ def captured(target, windows, tmp_path_factory) -> Path:
     return folder
 
 
-def new_draft(target) -> DovetailAssistantModel:
+@pytest.fixture(scope="module")
+def captured_layers(target, windows, tmp_path_factory) -> Path:
+    """What an EAGLE-3 draft reads."""
+    folder = tmp_path_factory.mktemp("layers")
+    capture_features(target, windows, folder, shard_windows=5, batch=2, layers=[2, 4, 5])
+    return folder
+
+
+def new_draft(target, fusion: str = "dgf") -> DovetailAssistantModel:
     torch.manual_seed(0)
-    draft = DovetailAssistantModel.from_target(target).float()
+    draft = DovetailAssistantModel.from_target(target, fusion=fusion).float()
     draft.draft_device = "cpu"
     return draft
 
 
-def test_what_is_read_is_what_the_target_computes(target, windows, captured: Path) -> None:
+@pytest.mark.parametrize("fusion", ["dgf", "eagle3"])
+def test_what_is_read_is_what_the_target_computes(
+    fusion: str, target, windows, captured: Path, captured_layers: Path
+) -> None:
     """Rows of several shards, in any order, cut to a length; bfloat16's rounding is all that differs."""
-    draft, rows = new_draft(target), torch.tensor([21, 4, 5, 4])
+    draft, rows = new_draft(target, fusion), torch.tensor([21, 4, 5, 4])
     draft.meet(target)
     live = LiveFeatures(target, windows).batch(rows, 20, draft)
-    stored = StoredFeatures(captured, target).batch(rows, 20, draft)
+    stored = StoredFeatures(captured if fusion == "dgf" else captured_layers, target).batch(rows, 20, draft)
     assert torch.equal(stored.ids, live.ids)
     torch.testing.assert_close(stored.features, live.features, rtol=2**-7, atol=1e-4)
     assert not torch.equal(stored.features[0], stored.features[1])
@@ -56,34 +74,112 @@ def test_what_is_read_is_what_the_target_computes(target, windows, captured: Pat
     assert torch.equal(StoredFeatures(captured).counted, windows.counted)
 
 
-def test_training_from_disk_needs_no_layers_and_learns_the_same(target, windows, captured: Path, tmp_path) -> None:
+@pytest.mark.parametrize("fusion", ["dgf", "eagle3"])
+def test_training_from_disk_needs_no_layers_and_learns_the_same(
+    fusion: str, target, windows, captured: Path, captured_layers: Path, tmp_path
+) -> None:
     """The stand-in has no weights in its layers; losses agree up to bfloat16, and other features give other losses."""
 
     def losses(draft, model, text, out) -> list[float]:
         train_draft(draft, model, text, RECIPE, out)
         return [float(line.split(",")[1]) for line in (out / "metrics.csv").read_text().splitlines()[1:]]
 
-    stored = StoredFeatures(captured)
+    stored = StoredFeatures(captured if fusion == "dgf" else captured_layers)
     assert stored.target.model.layers[0].self_attn.q_proj.weight.is_meta
-    from_disk = losses(new_draft(stored.target), stored.target, stored, tmp_path / "disk")
-    live = losses(new_draft(target), target, windows, tmp_path / "live")
+    from_disk = losses(new_draft(stored.target, fusion), stored.target, stored, tmp_path / "disk")
+    live = losses(new_draft(target, fusion), target, windows, tmp_path / "live")
     assert from_disk == pytest.approx(live, rel=2e-3)
-    everything = losses(new_draft(target), target, windows.ids, tmp_path / "unmasked")
+    everything = losses(new_draft(target, fusion), target, windows.ids, tmp_path / "unmasked")
     assert live != pytest.approx(everything, rel=2e-3)
     assert DovetailAssistantModel.from_pretrained(tmp_path / "disk").config.target_name == "target"
 
 
-def test_a_killed_capture_makes_only_what_is_missing(target, windows, captured: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "features"
-    shutil.copytree(captured, folder)
-    (folder / "shard-00001.safetensors").unlink()
-    kept = (folder / "shard-00002.safetensors").stat().st_mtime_ns
-    with pytest.raises(ValueError, match=r"lacks 1 of 5 shards, the first is 1; run hf-dovetail capture again"):
+@pytest.mark.parametrize("family", ["cohere", "gemma2"])
+def test_the_teacher_is_the_whole_target(family: str, tmp_path: Path) -> None:
+    """A factor and a soft cap behind the LM head, which a draft with a head of its own does not have."""
+    target = tiny.build(family)
+    layers = [0, 1]
+    capture_features(target, Windows(tiny.prompt(20)), tmp_path, layers=layers)
+    draft = DovetailAssistantModel(_reading(target, layers))
+    draft.reset_parameters()
+    stored = StoredFeatures(tmp_path).batch(torch.tensor([0]), 20, draft)
+    features, logits = capture(target, tiny.prompt(20), layers)
+    torch.testing.assert_close(stored.features, features, rtol=2**-7, atol=1e-4)
+    off = (stored.logits - logits).abs().max()
+    assert off < 0.05 * logits.std()
+    one_layer_off = capture(target, tiny.prompt(20), [1, 1])[0]
+    assert (stored.features - one_layer_off).abs().max() > 0.1
+
+
+def _reading(target, layers: list[int]) -> DovetailConfig:
+    config = DovetailConfig.for_target(target.config, 1, "eagle3")
+    config.feature_layers = layers
+    return config
+
+
+def test_layers_that_are_not_there_are_refused(target, windows, captured: Path, captured_layers: Path) -> None:
+    """And one capture serves all kinds of draft that read no more than it holds."""
+    rows = torch.tensor([3, 1])
+    eagle3, dgf = new_draft(target, "eagle3"), new_draft(target)
+    for draft in (eagle3, dgf):
+        draft.meet(target)
+    few, many = StoredFeatures(captured, target), StoredFeatures(captured_layers, target)
+    with pytest.raises(ValueError, match=r"holds the features of layers \[-1\].*reads \[2, 4, 5\].*--fusion eagle3"):
+        few.batch(rows, 20, eagle3)
+    eagle3.config.feature_layers = [1, 4, 5]
+    with pytest.raises(ValueError, match=r"holds the features of layers \[-1, 2, 4, 5\].*reads \[1, 4, 5\]"):
+        many.batch(rows, 20, eagle3)
+    with pytest.raises(ValueError, match=r"its layers is \[-1\], this run's is \[-1, 2, 4, 5\]"):
+        capture_features(target, windows, captured, shard_windows=5, layers=[2, 4, 5])
+    for name in ("ids", "features", "logits"):
+        assert torch.equal(getattr(few.batch(rows, 20, dgf), name), getattr(many.batch(rows, 20, dgf), name))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM
+from hf_dovetail.demo import pair_path
+from hf_dovetail.train import Windows
+from hf_dovetail.train.capture import capture_features, save_file
+torch.set_num_threads(1)
+data = torch.load(Path(sys.argv[1]) / "data.pt")
+target = AutoModelForCausalLM.from_pretrained(pair_path("target"), dtype=torch.float32).eval()
+
+def save_half(tensors, path):
+    save_file(tensors, path)
+    if "00002" in str(path):
+        os.truncate(path, 20_000)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+capture_features.__globals__["save_file"] = save_half
+folder, windows = Path(sys.argv[1]) / "features", Windows(data["ids"], data["counted"])
+capture_features(target, windows, folder, shard_windows=5, batch=2, layers=[2, 4, 5])
+"""
+
+
+def test_a_killed_capture_makes_only_what_is_missing(target, windows, captured_layers: Path, tmp_path: Path) -> None:
+    """SIGKILL while the third of five shards is being written."""
+    folder, layers = tmp_path / "features", [2, 4, 5]
+    torch.save({"ids": windows.ids, "counted": windows.counted}, tmp_path / "data.pt")
+    command, environment = [sys.executable, "-c", KILLED, str(tmp_path)], {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, check=False, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("shard-*.safetensors")}
+    assert len(kept) == 2
+    with pytest.raises(ValueError, match=r"lacks 3 of 5 shards, the first is 2; run hf-dovetail capture again"):
         StoredFeatures(folder)
-    capture_features(target, windows, folder, shard_windows=5, batch=2)
-    assert (folder / "shard-00002.safetensors").stat().st_mtime_ns == kept
-    for path in captured.glob("shard-*"):
-        assert (folder / path.name).read_bytes() == path.read_bytes()
+    with pytest.raises(ValueError, match=r"its layers is \[-1, 2, 4, 5\], this run's is \[-1\]"):
+        capture_features(target, windows, folder, shard_windows=5, batch=2)
+    capture_features(target, windows, folder, shard_windows=5, batch=2, layers=layers)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert not list(folder.glob("*.new"))
+    for path in captured_layers.glob("shard-*"):
+        ours, whole = load_file(folder / path.name), load_file(path)
+        assert ours.keys() == whole.keys()
+        for name, tensor in whole.items():  # another process may round otherwise
+            torch.testing.assert_close(ours[name], tensor, rtol=2**-6, atol=1e-3)
 
 
 def test_another_target_or_text_is_refused(target, windows, captured: Path) -> None:

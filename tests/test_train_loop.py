@@ -1,6 +1,5 @@
 """The loop: a killed run goes on with the same losses, parts and processes change nothing, validation, full disks."""
 
-import csv
 import json
 import os
 import resource
@@ -13,63 +12,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from training import RECIPE, ROOT, Interrupting, load_target, losses, metrics, new_draft, python_windows, weights
+from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_dovetail import DovetailAssistantModel
 from hf_dovetail.demo import pair_path
 from hf_dovetail.recipe import PAPER, Recipe, default_recipe
-from hf_dovetail.train import Extras, Windows, hold_out, pack, train_draft, validate
+from hf_dovetail.train import Extras, Windows, hold_out, train_draft, validate
 from hf_dovetail.train.checkpoints import Progress
 from hf_dovetail.train.losses import distribution_distances
-from hf_dovetail.train.records import Record
-from hf_dovetail.train.text import encode
-
-ROOT = Path(__file__).resolve().parent.parent
-RECIPE = Recipe(
-    steps=8,
-    batch=4,
-    window=32,
-    learning_rate=3e-3,
-    warmup=1,
-    distribution_weight=1.0,
-    noise=0.1,
-    unroll=2,
-    save_every=3,
-)
 
 
 @pytest.fixture(scope="module")
-def target():
-    return AutoModelForCausalLM.from_pretrained(pair_path("target"), dtype=torch.float32).eval()
+def target() -> PreTrainedModel:
+    return load_target()
 
 
 @pytest.fixture(scope="module")
 def windows() -> Windows:
-    """Real Python of which every second token counts."""
-    tokenizer = AutoTokenizer.from_pretrained(pair_path("target"))
-    text = (ROOT / "hf_dovetail" / "plugin.py").read_text()
-    all_count = pack([encode(tokenizer, Record("here", text))], 32)
-    return Windows(all_count.ids, all_count.ids % 2 == 0)
-
-
-def new_draft(target) -> DovetailAssistantModel:
-    torch.manual_seed(0)
-    draft = DovetailAssistantModel.from_target(target)
-    draft.draft_device = "cpu"
-    return draft
-
-
-def metrics(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as lines:
-        return list(csv.DictReader(lines))
-
-
-def losses(folder: Path) -> list[float]:
-    return [float(row["loss"]) for row in metrics(folder)]
-
-
-def weights(draft) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in draft.parameters()])
+    return python_windows()
 
 
 def test_a_step_in_parts_is_the_same_step(target, windows, tmp_path: Path) -> None:
@@ -84,86 +45,16 @@ def test_a_step_in_parts_is_the_same_step(target, windows, tmp_path: Path) -> No
         train_draft(new_draft(target), target, windows, replace(RECIPE, accumulate=3), tmp_path / "uneven")
 
 
-PROCESSES = """
-import sys
-from pathlib import Path
-import torch
-sys.path.insert(0, {tests!r})
-from test_train_loop import RECIPE, new_draft
-from transformers import AutoModelForCausalLM
-from hf_dovetail.demo import pair_path
-from hf_dovetail.train import Extras, Windows, capture_features, train_draft
-from accelerate import PartialState
-from accelerate.utils import reduce
-from hf_dovetail.train import LiveFeatures
-from hf_dovetail.train.steps import DraftLoss, parts_of_step
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-torch.set_num_threads(1)
-from dataclasses import replace
-folder = Path(sys.argv[1])
-data = torch.load(folder / "data.pt")
-target = AutoModelForCausalLM.from_pretrained(pair_path("target"), dtype=torch.float32).eval()
-recipe = replace(RECIPE, steps=4, save_every=2, validate_every=4)
-extras = Extras(prompts=list(data["prompts"].split(1)), new_tokens=8)
-train_draft(new_draft(target), target, Windows(data["ids"], data["counted"]), recipe, folder / "draft", extras=extras)
-capture_features(target, Windows(data["ids"][:12]), folder / "features", shard_windows=3)
-state = PartialState()
-assert state.num_processes == 2
-
-draft = new_draft(target)  # and the same step with weights split over the processes, as FSDP 2 does
-draft.train().meet(target)
-module = DraftLoss(draft, recipe)
-mesh = init_device_mesh("cpu", (2,))
-for part in (*draft.layers, module):
-    fully_shard(part, mesh=mesh)
-source = LiveFeatures(target, Windows(data["ids"], data["counted"]))
-generator = torch.Generator().manual_seed(recipe.seed)
-(part,) = parts_of_step(source, recipe, 192, generator, state.process_index, 2)
-loss = module(source.batch(part.rows, recipe.window, draft), part.noise, part.weights)
-loss.backward()
-total = reduce(loss.detach(), "mean").item()
-if state.is_main_process:
-    (folder / "sharded.txt").write_text(str(total))
-"""
-
-
-def test_two_processes_train_what_one_does(target, windows, tmp_path: Path) -> None:
-    """The same global batch: losses, weights, validation and captured shards agree. Guards a draft whose own methods a
-    wrapper hides, gradients that are not averaged, and parts that both processes read."""
-    script = tmp_path / "run.py"
-    script.write_text(PROCESSES.format(tests=str(ROOT / "tests")))
-    torch.save(
-        {"ids": windows.ids, "counted": windows.counted, "prompts": windows.ids[:3].long()}, tmp_path / "data.pt"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    arguments = [*command, str(script), str(tmp_path)]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    recipe = replace(RECIPE, steps=4, save_every=2, validate_every=4)
-    extras = Extras(prompts=list(windows.ids[:3].long().split(1)), new_tokens=8)
-    one = train_draft(new_draft(target), target, windows, recipe, tmp_path / "one", extras=extras)
-    assert losses(tmp_path / "draft") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    two = DovetailAssistantModel.from_pretrained(tmp_path / "draft")
-    torch.testing.assert_close(weights(two), weights(one), rtol=1e-3, atol=1e-4)
-    assert metrics(tmp_path / "draft")[-1]["tokens_per_round"] == metrics(tmp_path / "one")[-1]["tokens_per_round"]
-    assert len(list((tmp_path / "features").glob("shard-*.safetensors"))) == 4
-    assert float((tmp_path / "sharded.txt").read_text()) == pytest.approx(losses(tmp_path / "one")[0], rel=1e-4)
-
-
 KILLED = """
 import sys
 from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
-from test_train_loop import RECIPE, new_draft
-from transformers import AutoModelForCausalLM
-from hf_dovetail.demo import pair_path
+from training import RECIPE, load_target, new_draft
 from hf_dovetail.train import Windows, train_draft
 torch.set_num_threads(1)
 data = torch.load(Path(sys.argv[1]) / "data.pt")
-target = AutoModelForCausalLM.from_pretrained(pair_path("target"), dtype=torch.float32).eval()
+target = load_target()
 train_draft(new_draft(target), target, Windows(data["ids"], data["counted"]), RECIPE, Path(sys.argv[1]) / "cut")
 """
 
@@ -191,43 +82,20 @@ def test_a_kill_between_two_renamings_loses_nothing(target, windows, tmp_path: P
     """The old checkpoint has its other name, the new one not yet its own."""
     stopping = replace(RECIPE, steps=8, save_every=3)
     with pytest.raises(KeyboardInterrupt):
-        train_draft(new_draft(target), target, _Interrupting(windows, 5), stopping, tmp_path / "cut")
+        train_draft(new_draft(target), target, Interrupting(windows, 5), stopping, tmp_path / "cut")
     (tmp_path / "cut" / "checkpoint").rename(tmp_path / "cut" / "checkpoint.old")
-    left = _Interrupting(windows, 5)  # 3 of 8 steps are done; a run from the start would be interrupted again
+    left = Interrupting(windows, 5)  # 3 of 8 steps are done; a run from the start would be interrupted again
     train_draft(new_draft(target), target, left, stopping, tmp_path / "cut")
     train_draft(new_draft(target), target, windows, stopping, tmp_path / "whole")
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert not list((tmp_path / "cut").glob("checkpoint*"))
 
 
-class _Interrupting(Windows):
-    """Windows that are interrupted after so many batches, as by Ctrl-C."""
-
-    def __init__(self, windows: Windows, batches: int) -> None:
-        ids = _Counting(windows.ids, batches)
-        super().__init__(ids, windows.counted)
-
-
-class _Counting(torch.Tensor):
-    @staticmethod
-    def __new__(cls, data, batches):
-        made = torch.Tensor._make_subclass(cls, data)
-        made.left = [batches]
-        return made
-
-    def __getitem__(self, index):
-        if isinstance(index, tuple) and hasattr(self, "left"):
-            self.left[0] -= 1
-            if self.left[0] < 0:
-                raise KeyboardInterrupt
-        return super().__getitem__(index).as_subclass(torch.Tensor)
-
-
 def test_a_full_disk_leaves_the_last_checkpoint(target, windows, tmp_path: Path) -> None:
     """A limit on the size of files stands for the full disk; the run goes on from its checkpoint afterwards."""
     recipe, out = replace(RECIPE, save_every=1), tmp_path / "full"
     with pytest.raises(KeyboardInterrupt):
-        train_draft(new_draft(target), target, _Interrupting(windows, 4), recipe, out)
+        train_draft(new_draft(target), target, Interrupting(windows, 4), recipe, out)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, before[1]))
     try:
@@ -237,7 +105,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(target, windows, tmp_path: Path)
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (out / "checkpoint" / "run.json").exists()
     assert not (out / "checkpoint.new").exists()
-    train_draft(new_draft(target), target, _Interrupting(windows, 4), recipe, out)
+    train_draft(new_draft(target), target, Interrupting(windows, 4), recipe, out)
     train_draft(new_draft(target), target, windows, recipe, tmp_path / "whole")
     assert losses(out) == losses(tmp_path / "whole")
 

@@ -6,16 +6,30 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakSet
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..config import DovetailConfig
 from .files import hub_options, read_config, read_tensors
-from .recognise import Published, recognise
-from .tables import FORMATS, SUPPORTED
+from .recognise import Published, format_of, recognise
+from .tables import FORMATS, SUPPORTED, Format
 
-__all__ = ["FORMATS", "Published", "hub_options", "read_config", "read_published", "read_tensors", "recognise"]
+__all__ = [
+    "FORMATS",
+    "Published",
+    "check_not_misread",
+    "hub_options",
+    "published_format",
+    "read_config",
+    "read_published",
+    "read_tensors",
+    "recognise",
+]
+
+_MARKS = tuple(mark for each in FORMATS for mark in each.marks)
+_read_right: WeakSet[nn.Module] = WeakSet()
 
 
 def read_published(
@@ -44,3 +58,42 @@ def read_published(
             f"formats {SUPPORTED}; expected one of them, a Dovetail draft, or a causal language model"
         )
     return None
+
+
+def published_format(source: str, **options: Any) -> Format | None:
+    """The format of a published draft; None for a draft of this package, an ordinary model, and what cannot be read.
+
+    Args:
+        source: a folder, or a name on the Hub.
+        options: of `hub_options`.
+
+    Raises:
+        ValueError: if it is a speculator of a type that is not supported.
+    """
+    try:
+        saved = read_config(source, options)
+        if saved.get("model_type") == DovetailConfig.model_type:
+            return None
+        marked = read_tensors(source, options, lambda name: name.removeprefix("model.").startswith(_MARKS))
+    except (OSError, ValueError):  # whoever loads it says more
+        return None
+    return format_of(saved, {name.removeprefix("model."): tuple(t.shape) for name, t in marked.items()}, source)
+
+
+def check_not_misread(model: nn.Module) -> None:
+    """Refuse a model that transformers made of a published draft's files: most of its weights are random.
+
+    Raises:
+        ValueError: saying how to load the draft.
+    """
+    if model in _read_right or not type(model).__module__.startswith("transformers."):
+        return
+    source = model.name_or_path
+    found = published_format(source, local_files_only=True) if source else None
+    if found is not None:
+        raise ValueError(
+            f"{source} is a published draft ({found.name}), of which transformers made a {type(model).__name__} with "
+            f"random weights; load it with hf_dovetail.DovetailAssistantModel.from_pretrained({source!r}), or convert "
+            f"it once with: hf-dovetail convert {source} OUT --target TARGET"
+        )
+    _read_right.add(model)

@@ -65,7 +65,7 @@ def recognise(config: Mapping[str, Any], shapes: Shapes, source: str) -> Publish
             the tensors.
     """
     plain = {name.removeprefix("model."): shape for name, shape in shapes.items()}
-    found = _format_of(config, plain, source)
+    found = format_of(config, plain, source)
     if found is None:
         return None
     stated, nested = _stated(config), config.get("transformer_layer_config") or {}
@@ -78,8 +78,12 @@ def recognise(config: Mapping[str, Any], shapes: Shapes, source: str) -> Publish
     return Published(found, ours, {name: names[p] for name in shapes if (p := name.removeprefix("model.")) in names})
 
 
-def _format_of(config: Mapping[str, Any], plain: Shapes, source: str) -> Format | None:
-    """By what the speculators library says, or by the marks of the tensors' names."""
+def format_of(config: Mapping[str, Any], plain: Shapes, source: str) -> Format | None:
+    """By what the speculators library says, or by the marks of the tensors' names, which lack the prefix `model.`.
+
+    Raises:
+        ValueError: if it is a speculator of a type that is not supported.
+    """
     kind = config.get("speculators_model_type")
     if kind is not None:
         if kind not in SPECULATORS_TYPES:

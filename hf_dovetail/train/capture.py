@@ -1,29 +1,34 @@
 """The target's features over the training text, captured once and kept in shards on disk.
 
-A folder holds `manifest.json` (which target, which text), `shard-00000.safetensors` ... (ids, features in bfloat16,
-what counts), and what a draft shares with its target, so that training needs the target's layers no more. A shard is
-there whole or not at all; a run that was killed makes those that are missing; of n processes each makes every n-th.
+A folder holds `manifest.json` (which target, text and layers), `shard-00000.safetensors` ... (ids, features of each
+layer in bfloat16, what counts), and what a draft shares with its target, so that training needs the target's layers no
+more. The LM head's inputs are always there: the target's logits follow from them. A shard is there whole or not at all;
+a run that was killed makes those that are missing; of n processes each makes every n-th.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ..config import describe_target
+from ..blocks import finish_logits
+from ..config import describe_head, describe_target
 from ..modeling import DovetailAssistantModel
+from ..weights import feature_layers
 from .features import Batch, capture, fingerprint, text_facts
 from .files import check_facts, write_whole
+from .processes import this_process
 from .text import Windows
 
 MANIFEST, SHARED = "manifest.json", "shared.safetensors"
@@ -31,7 +36,12 @@ _OPEN_SHARDS = 32
 
 
 def capture_features(
-    target: PreTrainedModel, windows: Windows, folder: Path, shard_windows: int = 256, batch: int = 8
+    target: PreTrainedModel,
+    windows: Windows,
+    folder: Path,
+    shard_windows: int = 256,
+    batch: int = 8,
+    layers: Sequence[int] = (-1,),
 ) -> None:
     """Capture the features of all windows to `folder`; shards that are there are kept.
 
@@ -40,18 +50,21 @@ def capture_features(
     Args:
         target: in any precision; it is moved to the process's device, and stays there.
         windows: of the training text.
-        folder: for the shards, about `2 * hidden_size + 5` bytes per token.
+        folder: for the shards, about `2 * hidden_size * layers + 5` bytes per token.
         shard_windows: windows per shard. batch: windows per forward pass.
+        layers: whose features are stored, as `DovetailConfig.feature_layers` numbers them; the LM head's inputs (-1)
+            are added if they are not among them.
 
     Raises:
-        ValueError: if `folder` holds the features of another target or text.
+        ValueError: if `folder` holds the features of another target, text or layers.
         OSError: if a shard cannot be written; those before are kept.
     """
-    state, folder = PartialState(), Path(folder)
+    state, folder, layers = this_process(), Path(folder), sorted({*layers, -1})
     facts = {
         "target": fingerprint(target),
         "text": text_facts(windows),
         "target_name": describe_target(target.config)["target_name"],
+        "layers": layers,
         "shard_windows": shard_windows,
         "hidden_size": target.config.get_text_config(decoder=True).hidden_size,
     }
@@ -62,7 +75,7 @@ def capture_features(
     mine = [i for i in range(state.process_index, count, state.num_processes) if not shard_path(folder, i).exists()]
     for index in tqdm(mine, desc="capturing features", unit="shard", disable=not state.is_main_process):
         part = slice(index * shard_windows, (index + 1) * shard_windows)
-        tensors = _shard(target, windows, part, batch)
+        tensors = _shard(target, windows, part, batch, layers)
         write_whole(shard_path(folder, index), lambda path, tensors=tensors: save_file(tensors, path), "a shard")
     state.wait_for_everyone()
 
@@ -89,14 +102,26 @@ def _open_folder(target: PreTrainedModel, folder: Path, facts: dict[str, Any]) -
     write_whole(manifest, lambda path: path.write_text(json.dumps(facts, indent=1) + "\n"), "the manifest")
 
 
-def _shard(target: PreTrainedModel, windows: Windows, part: slice, batch: int) -> dict[str, Tensor]:
-    """A shard's tensors: ids (n, W) int32, features (n, W, h) bfloat16, and counted (n, W) bool, if not all count."""
+def _shard(
+    target: PreTrainedModel, windows: Windows, part: slice, batch: int, layers: Sequence[int]
+) -> dict[str, Tensor]:
+    """A shard's tensors: ids (n, W) int32, features of each layer (n, W, h) bfloat16, and counted (n, W) bool, if not
+    all count."""
     ids = windows.ids[part]
-    features = [
-        capture(target, rows.long().to(target.device))[0].to("cpu", torch.bfloat16) for rows in ids.split(batch)
-    ]
-    tensors = {"ids": ids.int().contiguous(), "features": torch.cat(features)}
+    features = torch.cat(
+        [
+            capture(target, rows.long().to(target.device), layers)[0].to("cpu", torch.bfloat16)
+            for rows in ids.split(batch)
+        ]
+    )
+    by_layer = zip(layers, features.chunk(len(layers), dim=-1), strict=True)
+    tensors = {"ids": ids.int().contiguous(), **{_tensor_of(layer): part.contiguous() for layer, part in by_layer}}
     return tensors if windows.counted is None else {**tensors, "counted": windows.counted[part].contiguous()}
+
+
+def _tensor_of(layer: int) -> str:
+    """Name of a layer's features in a shard."""
+    return "features" if layer < 0 else f"features.{layer}"
 
 
 class StoredFeatures:
@@ -125,6 +150,7 @@ class StoredFeatures:
                 f"{folder} lacks {len(missing)} of {len(shards)} shards, the first is {missing[0]}; run hf-dovetail "
                 "capture again, it makes those that are missing"
             )
+        self._head: torch.nn.Module | None = None
         self._open = lru_cache(_OPEN_SHARDS)(partial(safe_open, framework="pt"))
         self.target = target if target is not None else _stand_in(self.folder, self.facts["target_name"])
         self.counted = None
@@ -135,26 +161,43 @@ class StoredFeatures:
         return self._count
 
     def batch(self, rows: Tensor, length: int, draft: DovetailAssistantModel) -> Batch:
-        """Windows `rows` from the shards; the target's logits are its LM head's of the features.
+        """Windows `rows` from the shards; the target's logits are its LM head's of its own inputs.
 
         Raises:
-            ValueError: if the draft reads inner layers of the target, which are not captured.
+            ValueError: if the draft reads layers of the target that are not captured.
         """
-        if not draft.predicts_features:
+        layers = feature_layers(draft.config, self.target.config)
+        if not {*layers} <= {*self.facts["layers"]}:
             raise ValueError(
-                f"captured features are the LM head's inputs, but a draft with fusion {draft.config.fusion!r} reads "
-                "inner layers of its target; train it on text (--target and --data)"
+                f"{self.folder} holds the features of layers {self.facts['layers']} (-1: the LM head's inputs), but "
+                f"this draft (fusion {draft.config.fusion!r}) reads {list(layers)}; capture those into another folder "
+                f"(hf-dovetail capture --fusion {draft.config.fusion}), or train on text (--target and --data)"
             )
-        read = [self._window(int(row), length) for row in rows]
-        ids = torch.stack([ids for ids, _ in read]).long().to(draft.device)
-        features = torch.stack([features for _, features in read]).to(draft.device, draft.dtype)
+        names = ["ids", *map(_tensor_of, layers)]
+        ids, *features = (part.to(draft.device) for part in self._read(rows, length, names))
+        features = torch.cat(features, dim=-1).to(draft.dtype)
         with torch.no_grad():
-            return Batch(ids, features, draft.logits(features))
+            if draft.predicts_features:
+                return Batch(ids.long(), features, draft.logits(features))
+            (last,) = self._read(rows, length, [_tensor_of(-1)])
+            return Batch(ids.long(), features, self._target_logits(last.to(draft.device)))
 
-    def _window(self, row: int, length: int) -> tuple[Tensor, Tensor]:
-        index, within = divmod(row, self.facts["shard_windows"])
-        shard = self._open(shard_path(self.folder, index))
-        return tuple(shard.get_slice(name)[within, :length] for name in ("ids", "features"))
+    def _read(self, rows: Tensor, length: int, names: Sequence[str]) -> list[Tensor]:
+        """(B, length, ...) of windows `rows`, for each name."""
+        read = []
+        for row in rows.tolist():
+            index, within = divmod(row, self.facts["shard_windows"])
+            shard = self._open(shard_path(self.folder, index))
+            read.append([shard.get_slice(name)[within, :length] for name in names])
+        return [torch.stack(parts) for parts in zip(*read, strict=True)]
+
+    def _target_logits(self, hidden: Tensor) -> Tensor:
+        """(B, T, V) float32 logits of (B, T, h) LM head's inputs, for a draft that has a head of its own."""
+        if self._head is None or self._head.weight.device != hidden.device:
+            head = self.target.get_output_embeddings()
+            self._head = head if head.weight.device == hidden.device else copy.deepcopy(head).to(hidden.device)
+        logits = self._head(hidden.to(self._head.weight.dtype)).float()
+        return finish_logits(logits, **describe_head(self.target.config, "dgf"))
 
 
 def _stand_in(folder: Path, name: str | None) -> PreTrainedModel:

@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, compare_versions
 from transformers.utils import logging
 
 from ..modeling import DovetailAssistantModel
@@ -84,12 +86,17 @@ class Checkpoint:
         """Go on from the checkpoint, if there is one; `progress` was registered with `accelerator`.
 
         Raises:
-            ValueError: if it belongs to another run, naming what differs.
+            ValueError: if it belongs to another run, naming what differs, or accelerate cannot restore it.
         """
         path = whole(self.path)
         if path is None:
             return
         check_facts(self._facts, json.loads((path / "run.json").read_text()), path)
+        if accelerator.distributed_type == DistributedType.FSDP and compare_versions("accelerate", "<", "1.13"):
+            raise ValueError(
+                f"accelerate {accelerate.__version__} does not restore the optimizer of weights that FSDP splits, so "
+                f"{path} cannot go on exactly; update accelerate to 1.13 or newer, or start in another folder"
+            )
         accelerator.load_state(str(path))
         logger.info("resuming after step %d", progress.step)
 
@@ -98,10 +105,14 @@ class Checkpoint:
         remove(self.path)
 
 
-def facts_of(recipe: Recipe, draft: DovetailAssistantModel, source: Source) -> dict[str, Any]:
-    """What makes a run the same run."""
+def facts_of(recipe: Recipe, draft: DovetailAssistantModel, source: Source, split: bool) -> dict[str, Any]:
+    """What makes a run the same run; `split`: whether no process has whole weights, which checkpoints then hold apart.
+
+    The number of processes is no part of it: a step is the same on any.
+    """
     return {
         "recipe": asdict(recipe),
+        "weights": "split" if split else "whole",
         "draft": {name: getattr(draft.config, name) for name in _DRAFT_FACTS},
         **source.facts,
     }

@@ -77,9 +77,19 @@ class LiveFeatures:
         return len(self._ids)
 
     def batch(self, rows: Tensor, length: int, draft: DovetailAssistantModel) -> Batch:
-        """One forward pass of the target over windows `rows`."""
-        ids = self._ids[rows, :length].long().to(draft.device)
-        return Batch(ids, *capture(self.target, ids, feature_layers(draft.config, self.target.config)))
+        """One forward pass of the target over windows `rows`, where the target is.
+
+        If that is not where the draft is, features cross, and logits only of a draft with an LM head of its own.
+        """
+        ids = self._ids[rows, :length].long()
+        layers = feature_layers(draft.config, self.target.config)
+        entrance = self.target.get_input_embeddings().weight.device
+        features, logits = capture(self.target, ids if entrance.type == "meta" else ids.to(entrance), layers)
+        if draft.predicts_features and logits.device != draft.device:
+            features = features.to(draft.device)
+            with torch.no_grad():
+                return Batch(ids.to(draft.device), features, draft.logits(features.to(draft.dtype)))
+        return Batch(*(tensor.to(draft.device) for tensor in (ids, features, logits)))
 
 
 def text_facts(windows: Windows) -> dict[str, Any]:

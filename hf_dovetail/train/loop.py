@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,12 +25,11 @@ from .card import write_card
 from .checkpoints import Checkpoint, Progress, facts_of
 from .features import LiveFeatures, Source
 from .files import remove, whole, write_whole
-from .steps import DraftLoss, check_parts, optimizers, parts_of_step
+from .processes import splits_weights, tell_batch, whole_draft
+from .steps import DraftLoss, autocast, optimizers, parts_of_step, windows_of_a_part
 from .text import Windows
 from .tracking import CsvTracker, trackers
 from .validate import validate
-
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class _Run:
     checkpoint: Checkpoint
     out: Path
     csv: CsvTracker
-    module: torch.nn.Module | None = None
+    module: nn.Module | None = None
 
     @property
     def best(self) -> Path:
@@ -88,10 +86,12 @@ def train_draft(
 ) -> DovetailAssistantModel:
     """Train `draft` in place for `target`, and save it to `out`; resumes from the checkpoint in `out`, if any.
 
+    Where FSDP or DeepSpeed splits the weights, `draft` is left in parts, and the draft that is returned is another.
+
     Args:
         draft: a new draft, in float32.
         target: the target it imitates (or its stand-in, with captured features and without validation); it is moved
-            to the training device, and nothing else of it changes.
+            to the training device, unless accelerate has spread it over devices, and nothing else of it changes.
         text: (N, W) int64 ids of the training text, W at least `recipe.window`; or windows with what counts in them;
             or captured features.
         recipe: how to train.
@@ -113,12 +113,12 @@ def train_draft(
     out.mkdir(parents=True, exist_ok=True)
     csv, log_with = trackers(extras.log_with, out / "metrics.csv")
     accelerator = _accelerator(recipe, log_with, out)
-    check_parts(recipe, accelerator.num_processes)
+    tell_batch(accelerator, windows_of_a_part(recipe, accelerator.num_processes))
     progress = Progress(0, torch.Generator().manual_seed(recipe.seed))
-    checkpoint = Checkpoint(out, facts_of(recipe, draft, source))
+    checkpoint = Checkpoint(out, facts_of(recipe, draft, source, splits_weights(accelerator)))
     run = _Run(draft, target, source, recipe, extras, accelerator, progress, checkpoint, out, csv)
     draft.draft_device, training = accelerator.device, target.training
-    if isinstance(source, LiveFeatures) or recipe.validate_every:
+    if (isinstance(source, LiveFeatures) or recipe.validate_every) and not _is_placed(target):
         target.to(accelerator.device)
     target.eval()
     try:
@@ -134,6 +134,11 @@ def _source(target: PreTrainedModel, text: Tensor | Windows | Source) -> Source:
     return LiveFeatures(target, text) if isinstance(text, Windows) else text
 
 
+def _is_placed(target: PreTrainedModel) -> bool:
+    """Whether accelerate's hooks say where its parts are (`device_map`)."""
+    return any(hasattr(module, "_hf_hook") for module in target.modules())
+
+
 def _check(source: Source, recipe: Recipe, extras: Extras, out: Path) -> None:
     if source.window < recipe.window:
         raise ValueError(
@@ -147,21 +152,15 @@ def _check(source: Source, recipe: Recipe, extras: Extras, out: Path) -> None:
 
 
 def _accelerator(recipe: Recipe, log_with: list, out: Path) -> Accelerator:
-    """An accelerator in the recipe's precision, whatever another run in this process had."""
-    if AcceleratorState._shared_state.get("_mixed_precision", recipe.precision) != recipe.precision:
+    """An accelerator that leaves the precision to the recipe, whatever another one in this process had."""
+    if AcceleratorState._shared_state.get("_mixed_precision", "no") != "no":
         AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision=recipe.precision,
+    return Accelerator(
+        mixed_precision="no",
         gradient_accumulation_steps=recipe.accumulate,
         log_with=log_with,
         project_dir=out,
     )
-    if recipe.validate_every and accelerator.distributed_type in _SHARDED:
-        raise ValueError(
-            "validation decodes with a whole draft, which FSDP and DeepSpeed split; set validate_every to 0, and "
-            "measure the finished draft"
-        )
-    return accelerator
 
 
 def _optimize(run: _Run) -> None:
@@ -169,7 +168,7 @@ def _optimize(run: _Run) -> None:
     recipe, accelerator, progress = run.recipe, run.accelerator, run.progress
     run.draft.train().meet(run.target)
     module = DraftLoss(run.draft, recipe)
-    chosen = optimizers(module, recipe, accelerator.distributed_type in _SHARDED)
+    chosen = optimizers(module, recipe, splits_weights(accelerator))
     module, *chosen = accelerator.prepare(module, *chosen)
     run.module = module
     accelerator.register_for_checkpointing(progress)
@@ -201,18 +200,17 @@ def _optimize(run: _Run) -> None:
         tracker.finish()  # and not end_training, which would end the processes' group as well
 
 
-def _step(run: _Run, module: torch.nn.Module, chosen: list[torch.optim.Optimizer]) -> float:
+def _step(run: _Run, module: nn.Module, chosen: list[torch.optim.Optimizer]) -> float:
     """One optimizer step; its loss, over all parts and processes."""
     accelerator, recipe = run.accelerator, run.recipe
     total = torch.zeros((), device=accelerator.device)
     index, processes = accelerator.process_index, accelerator.num_processes
-    width = run.draft.config.feature_size
-    for part in parts_of_step(run.source, recipe, width, run.progress.generator, index, processes):
+    for part in parts_of_step(run.source, recipe, run.progress.generator, index, processes):
         with accelerator.accumulate(module):
-            with accelerator.autocast():
+            with autocast(recipe, accelerator.device):
                 batch = run.source.batch(part.rows, recipe.window, run.draft)
-                weights = None if part.weights is None else part.weights.to(accelerator.device)
-                loss = module(batch, part.noise, weights)
+            weights = None if part.weights is None else part.weights.to(accelerator.device)
+            loss = module(batch, part.seeds, weights)
             total += loss.detach() / recipe.accumulate
             accelerator.backward(loss)
             if accelerator.sync_gradients:
@@ -238,9 +236,10 @@ def _validated(run: _Run) -> dict[str, float]:
     recipe, step = run.recipe, run.progress.step
     if not recipe.validate_every or (step % recipe.validate_every and step != recipe.steps):
         return {}
-    found = validate(run.draft, run.target, run.extras.prompts, run.extras.new_tokens)
+    draft = whole_draft(run.draft, run.module, run.accelerator)
+    found = validate(draft, run.target, run.extras.prompts, run.extras.new_tokens)
     if run.progress.note(found.tokens_per_round) and run.accelerator.is_main_process:
-        write_whole(run.best, run.draft.save_pretrained, "the best draft so far")
+        write_whole(run.best, draft.save_pretrained, "the best draft so far")
     run.accelerator.wait_for_everyone()
     depths = {f"depth_{depth}": share for depth, share in enumerate(found.acceptance_by_depth, start=1)}
     return {"tokens_per_round": found.tokens_per_round, **depths}
@@ -252,27 +251,18 @@ def _stops_early(run: _Run) -> bool:
 
 def _finish(run: _Run) -> DovetailAssistantModel:
     """Write the finished draft (the best validated one), its recipe, tokenizer and card; the checkpoint can go."""
-    draft, out, accelerator = run.draft, run.out, run.accelerator
+    out, accelerator = run.out, run.accelerator
+    draft = whole_draft(run.draft, run.module, accelerator)
     best = whole(run.best)
     if best is not None:
         draft.load_state_dict(load_file(best / "model.safetensors"), strict=True)
-    dtype = run.extras.dtype or draft.dtype
-    state = _gathered(run, dtype) if accelerator.distributed_type in _SHARDED else None
     if accelerator.is_main_process:
         if run.extras.tokenizer is not None:
             run.extras.tokenizer.save_pretrained(out)
-        if state is None:
-            draft.to(dtype)
-        draft.eval().save_pretrained(out, state_dict=state)
+        draft.eval().to(run.extras.dtype or draft.dtype).save_pretrained(out)
         write_card(out, draft, run.recipe, run.source, run.extras.data, run.csv.tracker)
         (out / "recipe.json").write_text(json.dumps(asdict(run.recipe), indent=1) + "\n")
         run.checkpoint.remove()
         remove(run.best)
     accelerator.wait_for_everyone()
     return draft.eval()
-
-
-def _gathered(run: _Run, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The draft's weights from all processes, which FSDP and DeepSpeed split."""
-    weights = run.accelerator.get_state_dict(run.module)
-    return {name.removeprefix("draft."): weight.to(dtype) for name, weight in weights.items()}

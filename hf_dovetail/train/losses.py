@@ -6,7 +6,7 @@ HASS (arXiv 2408.15766: training on the draft's own features, top-k distillation
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,8 +29,7 @@ def draft_loss(
 
     Shapes as in `unrolled_loss`.
     """
-    noise = draw_noise(features.shape, generator)
-    return unrolled_loss(draft, ids, features, logits, recipe, noise)
+    return unrolled_loss(draft, ids, features, logits, recipe, draw_seeds(len(ids), generator))
 
 
 def unrolled_loss(
@@ -39,7 +38,7 @@ def unrolled_loss(
     features: Tensor,
     logits: Tensor,
     recipe: Recipe,
-    noise: Tensor,
+    seeds: Sequence[int],
     weights: Tensor | None = None,
 ) -> Tensor:
     """The loss of one batch, summed over the unrolled steps.
@@ -53,14 +52,16 @@ def unrolled_loss(
         draft: the network, sharing the target's weights.
         ids: (B, T). features: (B, T, f). logits: (B, T, V), the target's.
         recipe: weights of the parts, size of the noise, number of steps.
-        noise: (B, T-1, f) in -0.5..0.5, of `draw_noise`.
+        seeds: B numbers, of each window's noise.
         weights: (B, T-1) weights of the rows (see `row_weights`), as many in sum as there are batches to take the
             mean over; None: all alike.
     """
     following, wanted = ids[:, 1:], features[:, 1:].float()  # (B, T-1): token t+1 and feature t+1
     teacher = (logits if draft.target_ids is None else logits[..., draft.target_ids])[:, 1:].float()
     inputs = features[:, :-1].to(draft.dtype)
-    inputs = draft.encode(inputs + noise.to(inputs) * (2 * recipe.noise * 512 / recipe.window))
+    if recipe.noise:
+        inputs = inputs + draw_noise(seeds, inputs) * (2 * recipe.noise * 512 / recipe.window)
+    inputs = draft.encode(inputs)
     rows = following.shape[1]
     slots = torch.arange(rows, device=ids.device).unsqueeze(0)
     cache, masks = DynamicCache(), draft.mask_builder()
@@ -122,13 +123,23 @@ def row_weights(counted: Tensor) -> Tensor:
     return torch.cat((counted[:, 2:], counted[:, -1:]), dim=1).float()
 
 
-def draw_noise(shape: torch.Size | tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """(B, T-1, h) uniform noise in -0.5..0.5 for (B, T, h) features, against errors of the draft's own features.
+def draw_seeds(count: int, generator: torch.Generator) -> list[int]:
+    """Seeds for the noise of `count` windows.
 
-    Drawn even where the recipe gives it no weight, so that runs with and without noise read the same text.
+    Drawn even where the recipe gives noise no weight, so that runs with and without it read the same text.
     """
-    batch, rows, width = shape
-    return torch.rand((batch, rows - 1, width), generator=generator) - 0.5
+    return torch.randint(1 << 62, (count,), generator=generator).tolist()
+
+
+def draw_noise(seeds: Sequence[int], inputs: Tensor) -> Tensor:
+    """Uniform noise in -0.5..0.5 for (B, T, f) features, where they are, against errors of the draft's own features.
+
+    Each window's is its seed's, so that it does not depend on which windows are computed together.
+    """
+    generator, noise = torch.Generator(inputs.device), torch.empty_like(inputs)
+    for row, seed in zip(noise, seeds, strict=True):
+        row.uniform_(-0.5, 0.5, generator=generator.manual_seed(seed))
+    return noise
 
 
 def _weighted(values: Tensor, weights: Tensor | None) -> Tensor:

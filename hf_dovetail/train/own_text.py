@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .features import fingerprint
 from .files import check_facts, write_whole
+from .processes import this_process
 from .records import Record
 
 FACTS = "answers.json"
@@ -94,7 +94,7 @@ def regenerate(
     """
     if not records:
         raise ValueError("there are no records whose answers the target could replace")
-    state, folder = PartialState(), Path(folder)
+    state, folder = this_process(), Path(folder)
     facts = {"target": fingerprint(target), "answering": asdict(how), "records": len(records), "text": _digest(records)}
     with state.main_process_first():
         _open_folder(folder, facts)

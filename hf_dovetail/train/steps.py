@@ -6,7 +6,7 @@ part or in several.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..modeling import DovetailAssistantModel
 from ..recipe import Recipe
 from .features import Batch, Source
-from .losses import draw_noise, row_weights, unrolled_loss
+from .losses import draw_seeds, row_weights, unrolled_loss
 
 
 class DraftLoss(nn.Module):
@@ -24,10 +24,17 @@ class DraftLoss(nn.Module):
     def __init__(self, draft: DovetailAssistantModel, recipe: Recipe) -> None:
         super().__init__()
         self.draft, self.recipe = draft, recipe
+        self._no_split_modules = sorted({type(layer).__name__ for layer in draft.layers})  # what FSDP splits apart
 
-    def forward(self, batch: Batch, noise: Tensor, weights: Tensor | None) -> Tensor:
+    def forward(self, batch: Batch, seeds: Sequence[int], weights: Tensor | None) -> Tensor:
         """The loss of a part, see `losses.unrolled_loss`."""
-        return unrolled_loss(self.draft, batch.ids, batch.features, batch.logits, self.recipe, noise, weights)
+        with autocast(self.recipe, batch.ids.device):
+            return unrolled_loss(self.draft, batch.ids, batch.features, batch.logits, self.recipe, seeds, weights)
+
+
+def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
+    """The recipe's precision. Ours and not accelerate's, whose wrappers cast weights in ways of their own."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
 
 
 @dataclass(frozen=True)
@@ -35,23 +42,22 @@ class Part:
     """A process's share of a step, or of a part of it.
 
     Args:
-        rows: (B,) windows. noise: (B, W-1, h). weights: (B, W-1) or None, as `losses.unrolled_loss` takes them.
+        rows: (B,) windows. seeds: B, and weights: (B, W-1) or None, as `losses.unrolled_loss` takes them.
     """
 
     rows: Tensor
-    noise: Tensor
+    seeds: list[int]
     weights: Tensor | None
 
 
 def parts_of_step(
-    source: Source, recipe: Recipe, width: int, generator: torch.Generator, process: int, processes: int
+    source: Source, recipe: Recipe, generator: torch.Generator, process: int, processes: int
 ) -> Iterator[Part]:
     """The parts of the next step that belong to `process`, `recipe.accumulate` of them.
 
     Args:
         source: the training material.
         recipe: batch, window and number of parts.
-        width: of the features.
         generator: on the CPU; at the same place on all processes.
         process, processes: this process's number, and how many there are.
     """
@@ -63,22 +69,23 @@ def parts_of_step(
         shares = row_weights(counted)
         shares = (shares * (parts / shares.sum().clamp(min=1.0))).chunk(parts)
     for number, chosen in enumerate(rows.chunk(parts)):
-        noise = draw_noise((len(chosen), recipe.window, width), generator)
+        seeds = draw_seeds(len(chosen), generator)
         if number % processes == process:
-            yield Part(chosen, noise, None if shares is None else shares[number])
+            yield Part(chosen, seeds, None if shares is None else shares[number])
 
 
-def check_parts(recipe: Recipe, processes: int) -> None:
-    """Refuse a batch that does not fall into equal parts.
+def windows_of_a_part(recipe: Recipe, processes: int) -> int:
+    """How many windows a process computes at a time.
 
     Raises:
-        ValueError: naming the numbers.
+        ValueError: if a batch does not fall into equal parts, naming the numbers.
     """
     if recipe.batch % (recipe.accumulate * processes):
         raise ValueError(
             f"a step's {recipe.batch} windows do not fall into {recipe.accumulate} equal parts on {processes} "
             f"processes; choose a batch that is a multiple of {recipe.accumulate * processes}"
         )
+    return recipe.batch // (recipe.accumulate * processes)
 
 
 def optimizers(module: nn.Module, recipe: Recipe, sharded: bool) -> list[torch.optim.Optimizer]:

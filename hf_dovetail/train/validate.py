@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import TreeShape
 from ..modeling import DovetailAssistantModel
+from .processes import this_process
 from .records import Skipped, read_records
 from .text import render_chat
 
@@ -73,7 +73,7 @@ def validate(
         prompts: (1, n) ids each.
         max_new_tokens: length of an answer.
     """
-    state, sums = PartialState(), torch.zeros(SHAPE.levels + 2)  # rounds, tokens, rounds that accept depth 1, 2, ...
+    state, sums = this_process(), torch.zeros(SHAPE.levels + 2)  # rounds, tokens, rounds that accept depth 1, 2, ...
     with _drafting(draft):
         for prompt in prompts[state.process_index :: state.num_processes]:
             ids = prompt.to(target.device)
@@ -83,6 +83,7 @@ def validate(
                 assistant_model=draft,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                synced_gpus=False,  # which ZeRO 3 would ask for; the target is whole on every process
             )
             stats = draft.last_stats
             sums[0] += stats.rounds

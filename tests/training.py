@@ -1,0 +1,85 @@
+"""What the tests of training share: a short recipe, real text and a real small target, and how runs are compared."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from hf_dovetail import DovetailAssistantModel
+from hf_dovetail.demo import pair_path
+from hf_dovetail.recipe import Recipe
+from hf_dovetail.train import Windows, pack
+from hf_dovetail.train.records import Record
+from hf_dovetail.train.text import encode
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = Recipe(
+    steps=8,
+    batch=4,
+    window=32,
+    learning_rate=3e-3,
+    warmup=1,
+    distribution_weight=1.0,
+    noise=0.1,
+    unroll=2,
+    save_every=3,
+)
+
+
+def load_target() -> PreTrainedModel:
+    """The demo's."""
+    return AutoModelForCausalLM.from_pretrained(pair_path("target"), dtype=torch.float32).eval()
+
+
+def python_windows() -> Windows:
+    """Real Python of which every second token counts."""
+    tokenizer = AutoTokenizer.from_pretrained(pair_path("target"))
+    text = (ROOT / "hf_dovetail" / "plugin.py").read_text()
+    all_count = pack([encode(tokenizer, Record("here", text))], 32)
+    return Windows(all_count.ids, all_count.ids % 2 == 0)
+
+
+def new_draft(target: PreTrainedModel) -> DovetailAssistantModel:
+    torch.manual_seed(0)
+    draft = DovetailAssistantModel.from_target(target)
+    draft.draft_device = "cpu"
+    return draft
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def losses(folder: Path) -> list[float]:
+    return [float(row["loss"]) for row in metrics(folder)]
+
+
+def weights(draft: DovetailAssistantModel) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in draft.parameters()])
+
+
+class Interrupting(Windows):
+    """Windows that are interrupted after so many batches, as by Ctrl-C."""
+
+    def __init__(self, windows: Windows, batches: int) -> None:
+        ids = _Counting(windows.ids, batches)
+        super().__init__(ids, windows.counted)
+
+
+class _Counting(torch.Tensor):
+    @staticmethod
+    def __new__(cls, data, batches):
+        made = torch.Tensor._make_subclass(cls, data)
+        made.left = [batches]
+        return made
+
+    def __getitem__(self, index):
+        if isinstance(index, tuple) and hasattr(self, "left"):
+            self.left[0] -= 1
+            if self.left[0] < 0:
+                raise KeyboardInterrupt
+        return super().__getitem__(index).as_subclass(torch.Tensor)
