@@ -41,7 +41,7 @@ from hf_dovetail.tree import DraftTree
 NAME = "gpu_check"
 RATES = (0.6, 0.8)
 CHAIN = TreeShape(nodes=7, depth=6, top_k=1)
-_CERTAIN = 1e4  # added to a logit, so that greedy decoding takes its token
+_CERTAIN = 1e4  # added to a logit, so that greedy decoding takes its token, or taken away, so that it does not
 _TEST_LIMIT_S = 240
 
 
@@ -112,7 +112,7 @@ def device_name() -> str:
 
 def gpu_tests(size: Size) -> dict[str, Any]:
     """The tests marked `gpu`: how many passed, and the end of what pytest said."""
-    command = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", *size.tests]
+    command = [sys.executable, "-m", "pytest", "-rf", "-p", "no:cacheprovider", *size.tests]
     done = subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True, timeout=_TEST_LIMIT_S, check=False)
     last = (done.stdout.strip().splitlines() or [""])[-1]
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last)}
@@ -202,8 +202,8 @@ def acceptance_of(rate: float) -> Any:
         logits, children = logits.clone(), set()
         for node in range(1, tree.num_nodes + 1):
             parent = int(tree.parents[row, node])
-            if parent not in children and float(torch.rand((), generator=generator)) < rate:
-                logits[row, parent, int(tree.tokens[row, node])] += _CERTAIN
+            taken = parent not in children and float(torch.rand((), generator=generator)) < rate
+            logits[row, parent, int(tree.tokens[row, node])] += _CERTAIN if taken else -_CERTAIN
             children.add(parent)
         return walk(tree, logits, select, row)
 

@@ -114,7 +114,7 @@ def needed(shape: dict[str, int], recipe: Recipe, captured: bool, blocks: int = 
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
         target = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16).eval()
         draft = DovetailAssistantModel(DovetailConfig.for_target(target.config, blocks, "dgf")).train()
-        draft._shared = SharedWeights.of(target, draft.config, draft.device, draft.dtype)
+        draft._shared = SharedWeights.of(target, draft.config, (draft.device, draft.dtype, None))
         source.target = target
         module, ledger = DraftLoss(draft, recipe), Ledger()
         held = [*draft.parameters(), *draft._weights.tensors, *([] if captured else target.parameters())]

@@ -13,9 +13,9 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_dovetail import TreeShape, prepare_target
+from hf_dovetail import TreeShape, prepare_target, restore_target
 from hf_dovetail.demo import load_pair, pair_path
-from hf_dovetail.engines import engine_of, int4, int8, native, onednn, quantised, restore_target
+from hf_dovetail.engines import engine_of, int4, int8, native, onednn, quantised
 from hf_dovetail.packed import PackedWeight
 
 DTYPES = (torch.float32, torch.bfloat16)

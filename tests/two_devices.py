@@ -22,6 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils import _pytree
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -147,6 +148,7 @@ class Accelerator(TorchDispatchMode):
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Let torch find the device, its pinned memory and its events."""
+        _device_constructors()  # which torch remembers from the first use of `torch.device` as a context on
         event = SimpleNamespace(synchronize=self.wait)
         stream = SimpleNamespace(record_event=lambda: event)
         monkeypatch.setattr(torch.accelerator, "current_stream", lambda device=None: stream)
