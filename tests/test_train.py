@@ -59,6 +59,7 @@ def test_training_learns_and_the_draft_is_accepted(target, tokenizer, windows, t
     inputs = tokenizer("import os\n\ndef main():\n", return_tensors="pt")
     accepted = {}
     for name, candidate in (("trained", loaded), ("random", new_draft(target, seed=1))):
+        candidate.tree = TreeShape()  # automatic ones follow the clock, and look up what is copied
         target.generate(**inputs, assistant_model=candidate, max_new_tokens=48, do_sample=False)
         accepted[name] = candidate.last_stats.accepted
     assert accepted["trained"] > accepted["random"]
