@@ -123,7 +123,7 @@ def test_validation_decodes_keeps_the_best_and_stops_early(target, windows, tmp_
     assert len(rates) == len(rows) // 2
     assert rates.index(max(rates)) == len(rates) - 3  # two validations without a better one
     again = validate(trained, target, prompts, 32)
-    assert max(rates) > 1.5 > rates[-1]
+    assert max(rates) > 1.2 * rates[-1]
     assert again.tokens_per_round == pytest.approx(max(rates), abs=1e-6)
     assert not (tmp_path / "best").exists()
     assert float(rows[-1]["depth_1"]) >= float(rows[-1]["depth_2"])
