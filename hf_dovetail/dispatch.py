@@ -49,11 +49,12 @@ class Anatomy:
     positions: tuple[int, ...]
 
 
-def decoder_layers(model: PreTrainedModel, decoder: nn.Module) -> nn.ModuleList | None:
-    """The decoder's layers: its list of as many modules as the configuration says; None if there is no such list."""
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    lists = (child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == count)
-    return next(lists, None)
+def decoder_layers(decoder: nn.Module) -> nn.ModuleList | None:
+    """A decoder's layers: its list of as many modules as its configuration says; None if there is no such list."""
+    config = getattr(decoder, "config", None)
+    count = 0 if config is None else getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    return next((layers for layers in lists if len(layers) == count > 0), None)
 
 
 def why_not_apart(model: PreTrainedModel) -> str | None:
@@ -66,7 +67,7 @@ def why_not_apart(model: PreTrainedModel) -> str | None:
     if devices != {"cpu"}:
         return f"its weights are on {', '.join(sorted(devices))}, not on the CPU"
     decoder, head = model.get_decoder(), model.get_output_embeddings()
-    if decoder is model or decoder_layers(model, decoder) is None:
+    if decoder is model or decoder_layers(decoder) is None:
         return "it does not say which part is its decoder, or keeps its layers in no list of it"
     if head is None or getattr(head, "weight", None) is None:
         return "it has no LM head with a weight matrix"
@@ -84,7 +85,7 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
     if reason is not None:
         raise ValueError(f"{type(model).__name__} cannot be placed on two devices: {reason}")
     decoder, head = model.get_decoder(), model.get_output_embeddings()
-    layers = decoder_layers(model, decoder)
+    layers = decoder_layers(decoder)
     ran: list[nn.Module] = []
     parts = [child for child in decoder.children() if child is not layers] + [layers[-1]]
     hooks = [part.register_forward_hook(lambda module, inputs, output: ran.append(module)) for part in parts]

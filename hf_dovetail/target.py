@@ -22,8 +22,7 @@ from transformers.cache_utils import Cache
 from .attention import BranchingMask, why_not_branching
 from .cache import GrowingCache, can_branch, num_cache_layers
 from .config import TreeShape
-from .dispatch import Move, dispatch_of
-from .prefill.modules import layers_of
+from .dispatch import Move, decoder_layers, dispatch_of
 from .probe import branches_rightly
 from .tree import DraftTree
 
@@ -146,7 +145,7 @@ def _layers(model: PreTrainedModel, decoder: nn.Module) -> nn.ModuleList:
     Raises:
         ValueError: if it keeps them in no list.
     """
-    layers = layers_of(decoder)
+    layers = decoder_layers(decoder)
     if layers is not None:
         return layers
     count = model.config.get_text_config(decoder=True).num_hidden_layers

@@ -12,8 +12,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from hf_dovetail import prefill, prepare_target, restore_target
 from hf_dovetail.demo import demo_prompts, load_pair
+from hf_dovetail.dispatch import decoder_layers
 from hf_dovetail.prefill import calls, upload
-from hf_dovetail.prefill.modules import layers_of
 from hf_dovetail.prefill.switch import streaming_of
 
 pytestmark = [
@@ -98,7 +98,7 @@ def test_a_7_b_shape_needs_the_memory_of_three_layers_and_one_prompt(always: Non
     """Two layers' weights; the third part is room for 3,000 tokens: states of one layer, hidden states, one block."""
     model = prepare_target(wide(4))
     ids = torch.randint(512, (1, 3000), generator=torch.Generator().manual_seed(0))
-    one_layer = sum(p.numel() * 2 for p in layers_of(model.get_decoder())[0].parameters())
+    one_layer = sum(p.numel() * 2 for p in decoder_layers(model.get_decoder())[0].parameters())
     logits(model, ids[:, :60])  # libraries take their own working space
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

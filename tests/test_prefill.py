@@ -23,9 +23,9 @@ from hf_dovetail import DovetailAssistantModel, prefill, prepare_target, restore
 from hf_dovetail.cache import GrowingCache, held_states, num_cache_layers
 from hf_dovetail.curves import MAX_ROWS
 from hf_dovetail.demo import demo_prompts, load_pair
+from hf_dovetail.dispatch import decoder_layers
 from hf_dovetail.engines import onednn
 from hf_dovetail.prefill import calls, measure, passes, upload
-from hf_dovetail.prefill.modules import layers_of
 from hf_dovetail.prefill.switch import streaming_of
 from hf_dovetail.target import FeatureTap
 
@@ -62,7 +62,7 @@ def crossed(accelerator: Accelerator, run: Callable[[], Any]) -> tuple[int, int,
 
 
 def layer_bytes(model: PreTrainedModel) -> int:
-    return sum(p.numel() * p.element_size() for p in layers_of(model.get_decoder()).parameters())
+    return sum(p.numel() * p.element_size() for p in decoder_layers(model.get_decoder()).parameters())
 
 
 @torch.no_grad()
@@ -473,8 +473,8 @@ def test_the_threshold_is_measured_once_and_kept(
         path.write_text("{}")
         prepare_target(restore_target(model))
         assert streaming_of(model.get_decoder()).least_rows == 79
-        for layer in layers_of(model.get_decoder()):
-            assert set(vars(layer)) - set(vars(layers_of(tiny.build("llama").get_decoder())[0])) == {"forward"}
+        for layer in decoder_layers(model.get_decoder()):
+            assert set(vars(layer)) - set(vars(decoder_layers(tiny.build("llama").get_decoder())[0])) == {"forward"}
 
 
 def test_a_device_that_computes_something_else_is_refused(

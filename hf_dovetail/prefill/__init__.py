@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..attention import IMPLEMENTATIONS, TESTED_TYPES
+from ..dispatch import decoder_layers
 from .measure import measured_threshold
-from .modules import layers_of, unfit
+from .modules import unfit
 from .passes import Streaming
 from .switch import switch_off, switch_on
 
@@ -42,7 +43,7 @@ def install(model: PreTrainedModel, engine: str) -> str | None:
         except Exception as error:  # whatever an accelerator raises: prompts stay on the CPU
             reason = f"a layer could not be tried on {device} ({type(error).__name__}: {error})"
         if reason is None:
-            switch_on(model.get_decoder(), layers_of(model.get_decoder()), Streaming(device, least_rows))
+            switch_on(model.get_decoder(), decoder_layers(model.get_decoder()), Streaming(device, least_rows))
             logger.info("prompts of %d tokens or more go through %s, layer by layer", least_rows, device)
             return None
     logger.info("prompts stay on the CPU: %s", reason)
@@ -51,7 +52,7 @@ def install(model: PreTrainedModel, engine: str) -> str | None:
 
 def remove(model: PreTrainedModel) -> None:
     """Undo `install`."""
-    switch_off(model.get_decoder(), layers_of(model.get_decoder()) or ())
+    switch_off(model.get_decoder(), decoder_layers(model.get_decoder()) or ())
 
 
 def why_not(model: PreTrainedModel, engine: str) -> str | None:
@@ -69,7 +70,7 @@ def why_not(model: PreTrainedModel, engine: str) -> str | None:
         return f"attention {text._attn_implementation!r} does not run on both devices; {IMPLEMENTATIONS} do"
     if model.training:
         return "the model is in training mode"
-    layers = layers_of(model.get_decoder())
+    layers = decoder_layers(model.get_decoder())
     if layers is None:
         return f"{type(model).__name__} keeps its layers in no list of the decoder"
     return _replaced(model.get_decoder()) or unfit(layers)

@@ -14,10 +14,10 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
 from ..curves import described_path
+from ..dispatch import decoder_layers
 from ..fingerprint import accelerator_name, cpu_name, geometry, versions
 from ..threads import chosen_threads, target_threads
 from .calls import BLOCK_ROWS, Blocks, Call
-from .modules import layers_of
 from .passes import arrived, sources
 from .switch import current, redirect, switch_off
 from .threshold import LayerTimes, least_rows, load_times, save_times
@@ -81,7 +81,7 @@ def measure(model: PreTrainedModel, device: torch.device) -> LayerTimes:
     """
     text = model.config.get_text_config(decoder=True)
     most = min(BLOCK_ROWS, getattr(text, "max_position_embeddings", None) or BLOCK_ROWS)
-    layers = layers_of(model.get_decoder())
+    layers = decoder_layers(model.get_decoder())
     layer = layers[0]
     with target_threads():
         few, many = (_first_call(model, rows) for rows in (min(_FEW_ROWS, most // 4), most))
@@ -152,7 +152,7 @@ def _first_call(model: PreTrainedModel, rows: int) -> Call:
 
 @contextmanager
 def _asking(inputs: _Inputs, model: PreTrainedModel):
-    layers = layers_of(model.get_decoder())
+    layers = decoder_layers(model.get_decoder())
     redirect(layers)
     token = current.set(inputs)
     try:

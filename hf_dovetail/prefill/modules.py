@@ -18,14 +18,6 @@ from ..packed import PackedWeight
 _PACKAGE = __name__.split(".")[0]
 
 
-def layers_of(decoder: nn.Module) -> nn.ModuleList | None:
-    """A decoder's layers: its list of as many modules as its configuration says, or None."""
-    config = getattr(decoder, "config", None)
-    count = 0 if config is None else getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
-    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
-    return next((layers for layers in lists if len(layers) == count > 0), None)
-
-
 def unfit(layers: Iterable[nn.Module]) -> str | None:
     """Why these layers cannot be computed elsewhere as they are now, or None."""
     for layer in layers:

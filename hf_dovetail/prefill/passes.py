@@ -13,9 +13,10 @@ from transformers.utils import logging
 
 from ..cache import snapshot, streamable
 from ..curves import MAX_ROWS
+from ..dispatch import decoder_layers
 from ..packed import PackedWeight
 from .calls import Blocks, Call, DeviceStates
-from .modules import layers_of, tensors_of, twin, unfit
+from .modules import tensors_of, twin, unfit
 from .upload import Fetch, Upload, buffer_bytes
 
 logger = logging.get_logger(__name__)
@@ -82,7 +83,7 @@ class StreamedPass:
         return self.began
 
     def _begin(self, layer: nn.Module, call: Call) -> bool:
-        self._layers = list(layers_of(self._decoder) or ())
+        self._layers = list(decoder_layers(self._decoder) or ())
         if not self._layers or layer is not self._layers[0] or unfit(self._layers) is not None:
             return False
         if call.hidden.device.type != "cpu" or call.cache is None or not streamable(call.cache):
