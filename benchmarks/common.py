@@ -57,5 +57,6 @@ def write(name: str, result: dict[str, Any]) -> None:
 
 
 def write_to(path: Path, result: dict[str, Any]) -> None:
-    """Write a result with its record."""
-    path.write_text(json.dumps({"record": record(), "command": " ".join(sys.argv), **result}, indent=1) + "\n")
+    """Write a result with its record; of absolute paths in the command, the names."""
+    command = " ".join(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)
+    path.write_text(json.dumps({"record": record(), "command": command, **result}, indent=1) + "\n")
