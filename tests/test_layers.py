@@ -20,7 +20,6 @@ LAYERS = (
         "curves",
         "acceptance",
         "rows",
-        "checkpoint",
         "lookup",
         "draws",
         "fingerprint",
