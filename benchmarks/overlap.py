@@ -27,7 +27,7 @@ from hf_dovetail import DovetailAssistantModel, TreeShape
 from hf_dovetail.demo import load_pair
 from hf_dovetail.levels import expand_on_host
 from hf_dovetail.plugin import SHARPEST
-from hf_dovetail.steps import FusionSteps
+from hf_dovetail.steps import BlockSteps
 from hf_dovetail.tree import DraftTree, rerank
 
 SHAPE = TreeShape(nodes=16, depth=7, top_k=10)
@@ -57,14 +57,14 @@ class Counts:
     depths: Counter = field(default_factory=Counter)  # accepted nodes of the outcomes that were guessed first
 
 
-def tree_behind(steps: FusionSteps, hidden: Tensor, root: int) -> DraftTree:
+def tree_behind(steps: BlockSteps, hidden: Tensor, root: int) -> DraftTree:
     """The tree under `root`, which the last committed row's hidden state (1, 1, h) predicts from."""
     packed = rerank(expand_on_host(steps, hidden, SHAPE), SHAPE.nodes)
     steps.forget()
     return DraftTree.unpack(torch.tensor([[root]]), packed)
 
 
-def hidden_states(steps: FusionSteps, tree: DraftTree, hidden: Tensor) -> Tensor:
+def hidden_states(steps: BlockSteps, tree: DraftTree, hidden: Tensor) -> Tensor:
     """(N, h): the draft's feature of every node of a tree, the root's included."""
     states, order = hidden[0].repeat(tree.tokens.shape[1], 1), [0]
     for depth in range(1, int(tree.depths.max()) + 1):
@@ -77,7 +77,7 @@ def hidden_states(steps: FusionSteps, tree: DraftTree, hidden: Tensor) -> Tensor
     return states
 
 
-def guesses(steps: FusionSteps, tree: DraftTree, hidden: Tensor, count: int) -> list[Guess]:
+def guesses(steps: BlockSteps, tree: DraftTree, hidden: Tensor, count: int) -> list[Guess]:
     """The likeliest outcomes of verifying a tree, as the draft sees it, likeliest first."""
     states = hidden_states(steps, tree, hidden)
     log_probs = steps.logits(states.unsqueeze(0))[0].log_softmax(-1)  # (N, V)
@@ -104,7 +104,7 @@ def outcome(tree: DraftTree, following: list[int]) -> tuple[int, ...]:
 @torch.inference_mode()
 def follow(draft: DovetailAssistantModel, ids: Tensor, features: Tensor, prompt: int, counts: Counts) -> None:
     """Draft along one answer, in the normal way, and compare with what was drafted ahead."""
-    steps = FusionSteps(draft, draft.new_rows(ids.shape[1] + 64), SHARPEST)
+    steps = BlockSteps(draft, draft.new_rows(ids.shape[1] + 64), SHARPEST)
     answer, known, ahead = ids[0].tolist(), prompt, {}
     hidden = steps.catch_up(ids[:, 1 : prompt + 1], features[:, :prompt])
     while len(answer) - 1 - known > SHAPE.levels:  # what is left must not bound what a tree can yield

@@ -257,11 +257,14 @@ class RotaryTable:
     """cos and sin of RoPE for the positions of a draft; computed once, in float32, and looked up from then on.
 
     No module and no buffer: a change of the network's precision leaves the frequencies as they are.
+
+    Args:
+        config: whose RoPE it is.
+        rope: a model's own module, with `inv_freq` and `attention_scaling`, in place of what the configuration says.
     """
 
-    def __init__(self, config: DovetailConfig) -> None:
-        self._config = config
-        self._rope: nn.Module | None = None
+    def __init__(self, config: DovetailConfig, rope: nn.Module | None = None) -> None:
+        self._config, self._rope = config, rope
         self._frequencies: dict[torch.device, Tensor] = {}
         self._tables: dict[tuple[torch.device, torch.dtype], Rotation] = {}
 

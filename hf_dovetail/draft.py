@@ -16,7 +16,7 @@ from .draws import Choice, SharedDraws
 from .graphs import DeviceRounds
 from .levels import KeepGoing, expand_on_device, expand_on_host
 from .modeling import DovetailAssistantModel
-from .steps import FusionSteps, LanguageModelSteps
+from .steps import BlockSteps, LanguageModelSteps
 from .tree import rerank
 
 
@@ -47,13 +47,14 @@ class DraftSession:
         self._on_host = self._device.type == "cpu" if on_host is None else on_host
         self._draws, self.noise_bytes = draws, 0
         sharpness = sharpness if draws is None else 1.0
-        self._rounds = DeviceRounds(draft, capacity, sharpness) if draft.reads_features and not self._on_host else None
-        if self._rounds is not None:
-            self._steps = self._rounds.steps
-        elif draft.reads_features:
-            self._steps = FusionSteps(draft, draft.new_rows(capacity), sharpness)
-        else:
+        network, self._rounds = draft.network, None
+        if network is None:
             self._steps = LanguageModelSteps(draft, capacity, sharpness)
+        elif self._on_host:
+            self._steps = BlockSteps(network, network.new_rows(capacity), sharpness)
+        else:
+            self._rounds = DeviceRounds(network, draft.pool, capacity, sharpness)
+            self._steps = self._rounds.steps
         self._tokens = torch.empty(1, 0, dtype=torch.long, device=self._device)
         self._features: Tensor | None = None
 
@@ -102,7 +103,10 @@ class DraftSession:
         # A wrapped LM is the caller's and may keep what it computes; inference tensors would trouble its training.
         computes = torch.inference_mode() if self._draft.reads_features else torch.no_grad()
         with computes, torch.autocast(self._device.type, enabled=False):  # the user's; a draft has its own precision
-            features = None if features is None else self._draft.encode(features)
+            if features is None:
+                features = torch.empty(*tokens.shape, 0, dtype=self._draft.dtype, device=self._device)
+            else:
+                features = self._draft.encode(features)
             if self._rounds is not None:
                 return self._rounds.grow(tokens, features, shape, corrections, choice)
             hidden = self._steps.catch_up(tokens, features)

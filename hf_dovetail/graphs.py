@@ -19,10 +19,9 @@ from .blocks import Rotation
 from .config import TreeShape
 from .draws import Choice
 from .levels import expand_on_device, tree_rows
-from .modeling import DovetailAssistantModel
 from .rows import ROUND_ROWS as _ROWS
-from .rows import RowBuffer, rounded
-from .steps import FusionSteps
+from .rows import Pool, RowBuffer, rounded
+from .steps import BlockSteps, Network
 from .tree import rerank
 
 logger = logging.get_logger(__name__)
@@ -36,20 +35,20 @@ class Inputs:
     """What a round reads, at fixed addresses: the committed rows that are new, padded, and three counters.
 
     Attributes:
-        tokens: (1, 16) int64. features: (1, 16, h).
+        tokens: (1, 16) int64. features: (1, 16, f).
         count: (1,) int64, how many of them are real. held: (1,) int64, rows committed before them.
         position: (1,) int64, of the first of them.
     """
 
-    def __init__(self, hidden_size: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, input_size: int, device: torch.device, dtype: torch.dtype) -> None:
         with torch.inference_mode(False):
             self.tokens = torch.zeros(1, _ROWS, dtype=torch.long, device=device)
-            self.features = torch.zeros(1, _ROWS, hidden_size, dtype=dtype, device=device)
+            self.features = torch.zeros(1, _ROWS, input_size, dtype=dtype, device=device)
             self.count, self.held, self.position = torch.zeros(3, 1, dtype=torch.long, device=device)
         self._kept: dict[tuple, Tensor] = {}
 
     def fill(self, tokens: Tensor, features: Tensor, held: int, start: int) -> None:
-        """Set the next round's: (1, T) tokens and (1, T, h) features, T at most 16."""
+        """Set the next round's: (1, T) tokens and (1, T, f) features, T at most 16."""
         count = tokens.shape[1]
         self.tokens[:, :count] = tokens
         self.features.zero_()  # padding must stay finite
@@ -71,7 +70,7 @@ class FixedSteps:
     """A tree's rows in fixed shapes; a `levels.Stepper` whose counters live on the device.
 
     Args:
-        draft: the network. buffer: its rows.
+        network: what computes them. buffer: their keys and values.
         table: cos and sin of all positions that can occur.
         extent: rows of the buffer that every row looks at, most of them masked.
         end: (1,) int64, committed rows. position: (1,) int64, of the first level.
@@ -80,7 +79,7 @@ class FixedSteps:
 
     def __init__(
         self,
-        draft: DovetailAssistantModel,
+        network: Network,
         buffer: RowBuffer,
         table: Rotation,
         extent: int,
@@ -88,10 +87,10 @@ class FixedSteps:
         position: Tensor,
         sharpness: float,
     ) -> None:
-        self._sharpness, self.target_ids = sharpness, draft.target_ids
-        self._draft, self._buffer, self._table, self._extent = draft, buffer, table, extent
+        self._sharpness, self.target_ids = sharpness, network.target_ids
+        self._network, self._buffer, self._table, self._extent = network, buffer, table, extent
         self._end, self._position = end, position
-        self._least = torch.finfo(draft.dtype).min
+        self._least = torch.finfo(network.dtype).min
         self._committed = self._penalty(torch.arange(extent, device=end.device) < end)  # (extent,)
 
     def level(self, tokens: Tensor, hidden: Tensor, visible: Tensor) -> Tensor:
@@ -102,14 +101,14 @@ class FixedSteps:
         store = self._buffer.at_slots(slots[rows - count :], self._extent)
         rotation = looked_up(self._table, self._position)
         self._position = self._position + 1
-        return self._draft.step(tokens, hidden, rotation, mask[None, None], store)
+        return self._network.step(tokens, hidden, rotation, mask[None, None], store)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `levels.Stepper`."""
-        return self._draft.logits(hidden) * self._sharpness
+        return self._network.logits(hidden) * self._sharpness
 
     def _penalty(self, allowed: Tensor) -> Tensor:
-        return torch.zeros(allowed.shape, dtype=self._draft.dtype, device=allowed.device).masked_fill_(
+        return torch.zeros(allowed.shape, dtype=self._network.dtype, device=allowed.device).masked_fill_(
             ~allowed, self._least
         )
 
@@ -120,7 +119,7 @@ def looked_up(table: Rotation, positions: Tensor) -> Rotation:
 
 
 def fixed_round(
-    draft: DovetailAssistantModel,
+    network: Network,
     inputs: Inputs,
     buffer: RowBuffer,
     table: Rotation,
@@ -138,13 +137,13 @@ def fixed_round(
     rows = torch.arange(_ROWS, device=inputs.held.device)
     slots = inputs.held + rows
     sees = torch.arange(extent, device=rows.device) <= slots[:, None]  # (16, extent)
-    mask = torch.zeros(sees.shape, dtype=draft.dtype, device=rows.device)
-    mask.masked_fill_(~sees, torch.finfo(draft.dtype).min)
+    mask = torch.zeros(sees.shape, dtype=network.dtype, device=rows.device)
+    mask.masked_fill_(~sees, torch.finfo(network.dtype).min)
     rotation = looked_up(table, inputs.position + rows)
-    hidden = draft.step(inputs.tokens, inputs.features, rotation, mask[None, None], buffer.at_slots(slots, extent))
+    hidden = network.step(inputs.tokens, inputs.features, rotation, mask[None, None], buffer.at_slots(slots, extent))
     root = hidden.index_select(1, inputs.count - 1)  # (1, 1, h)
     end = inputs.held + inputs.count
-    steps = FixedSteps(draft, buffer, table, extent, end, inputs.position + inputs.count, sharpness)
+    steps = FixedSteps(network, buffer, table, extent, end, inputs.position + inputs.count, sharpness)
     packed = rerank(expand_on_device(steps, root, shape, shifts, choice), shape.nodes)
     buffer.clear(end + torch.arange(max(_ROWS, tree_rows(shape)), device=rows.device))
     return packed
@@ -168,11 +167,11 @@ class Bench:
         captures: whether to capture at all; False once it has failed.
     """
 
-    def __init__(self, draft: DovetailAssistantModel, capacity: int) -> None:
-        self.buffer = draft.new_rows(capacity)
-        self.inputs = Inputs(draft.config.hidden_size, draft.device, draft.dtype)
+    def __init__(self, network: Network, capacity: int) -> None:
+        self.buffer = network.new_rows(capacity)
+        self.inputs = Inputs(network.input_size, network.device, network.dtype)
         self.graphs: OrderedDict[tuple, int | Captured] = OrderedDict()
-        self.captures = draft.device.type == "cuda"
+        self.captures = network.device.type == "cuda"
 
     def reserve(self, rows: int) -> None:
         """Make room for `rows` rows; graphs over a buffer that is no more are dropped."""
@@ -223,24 +222,25 @@ class DeviceRounds:
     """The rounds of one session on a device, replayed from graphs where that is possible.
 
     Args:
-        draft: a draft that reads features. Its pool's bench is used, unless another session is at it: then the
-            session makes its own, for so short a time that nothing is captured.
+        network: what computes rows.
+        pool: the draft's. Its bench is used, unless another session is at it: then the session makes its own, for so
+            short a time that nothing is captured.
         capacity: rows to reserve; a hint.
         sharpness: of the session, see `draft.DraftSession`.
     """
 
-    def __init__(self, draft: DovetailAssistantModel, capacity: int, sharpness: float) -> None:
-        self._draft, self._sharpness = draft, sharpness
-        owns = draft.pool.take(self, draft.addresses())
-        bench = draft.pool.bench if owns else None
+    def __init__(self, network: Network, pool: Pool, capacity: int, sharpness: float) -> None:
+        self._network, self._sharpness = network, sharpness
+        owns = pool.take(self, network.addresses())
+        bench = pool.bench if owns else None
         if bench is None:
-            bench = Bench(draft, capacity)
+            bench = Bench(network, capacity)
             bench.captures = bench.captures and owns
-            draft.pool.bench = bench if owns else draft.pool.bench
+            pool.bench = bench if owns else pool.bench
         else:
             bench.reserve(capacity)
             bench.buffer.states.zero_()
-        self._bench, self.steps = bench, FusionSteps(draft, bench.buffer)
+        self._bench, self.steps = bench, BlockSteps(network, bench.buffer)
 
     def grow(
         self,
@@ -250,8 +250,8 @@ class DeviceRounds:
         shifts: Tensor | None = None,
         choice: Choice | None = None,
     ) -> Tensor:
-        """Commit rows, (1, T) tokens and (1, T, h) features, and grow a tree: (1, 3, N) int32. All is on the device."""
-        draft, bench, steps, sharpness = self._draft, self._bench, self.steps, self._sharpness
+        """Commit rows, (1, T) tokens and (1, T, f) features, and grow a tree: (1, 3, N) int32. All is on the device."""
+        network, bench, steps, sharpness = self._network, self._bench, self.steps, self._sharpness
         early, start = max(tokens.shape[1] - _ROWS, 0), steps.start
         if early:
             bench.reserve(steps.held + early)
@@ -259,7 +259,7 @@ class DeviceRounds:
         held, count = steps.held, tokens.shape[1] - early
         extent = rounded(held + count + max(_ROWS, tree_rows(shape)))
         bench.reserve(extent)
-        table = draft.rotary.table(start + extent, draft.device, draft.dtype)
+        table = network.rotary.table(start + extent, network.device, network.dtype)
         bench.inputs.fill(tokens[:, early:], features[:, early:], held, start)
         corrections = None if shifts is None else bench.inputs.kept(shifts)
         chooses = None if choice is None else replace(choice, log_noise=bench.inputs.kept(choice.log_noise))
@@ -268,7 +268,7 @@ class DeviceRounds:
             (shape, extent, table[0].shape[1], sharpness, corrects, None if choice is None else choice.kind),
             table,
             lambda: fixed_round(
-                draft, bench.inputs, bench.buffer, table, extent, shape, sharpness, corrections, chooses
+                network, bench.inputs, bench.buffer, table, extent, shape, sharpness, corrections, chooses
             ),
         )
         steps.held += count

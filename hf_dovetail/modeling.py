@@ -22,6 +22,7 @@ from .config import DovetailConfig, TreeShape
 from .devices import resolve_device
 from .eight_bits import EightBitMatrix, look_up, multiply, quantise, try_integers
 from .formats import hub_options, read_config, read_published
+from .recast import RecastLM, recast
 from .register import model_is_ready
 from .rows import Pool, RowBuffer
 from .weights import (
@@ -71,11 +72,13 @@ class DovetailAssistantModel(PreTrainedModel):
         self.weight_bits: int | None = None
         self._tree: TreeShape | Literal["auto"] = "auto"
         self._shared: SharedWeights | None = None
+        self._recast: RecastLM | None = None
+        self.pool = Pool()
         if config.fusion == "none":
             self.lm = lm if lm is not None else AutoModelForCausalLM.from_config(_lm_config(config))
         else:
             self.fusion, self.layers = make_fusion(config), make_blocks(config)
-            self.rotary, self.pool = RotaryTable(config), Pool()
+            self.rotary = RotaryTable(config)
             self._add_own_weights()
         if lm is None:
             self.post_init()
@@ -202,6 +205,7 @@ class DovetailAssistantModel(PreTrainedModel):
             check_evaluating(self.lm)
             if self.lm is not target:  # a target that drafts for itself stays where it is
                 self._place()
+            self._recast = recast(self.lm)
             return self.device
         if self.config.attention_dropout:
             check_evaluating(self)
@@ -214,6 +218,11 @@ class DovetailAssistantModel(PreTrainedModel):
         if self.weight_bits is not None:
             try_integers((*self.modules(), *self._shared.matrices))
         return self.device
+
+    @property
+    def network(self) -> DovetailAssistantModel | RecastLM | None:
+        """What computes a session's rows, a `steps.Network`; None where a wrapped LM's own layers must do it."""
+        return self if self.reads_features else self._recast
 
     def weight_bytes(self, target: PreTrainedModel) -> int:
         """Bytes of all weights on `draft_device` that drafting for `target` reads, those shared with it included."""
@@ -248,8 +257,7 @@ class DovetailAssistantModel(PreTrainedModel):
     def release(self, out_of_memory: bool = False) -> None:
         """Free what is kept on the device between answers; later trees are smaller if that was out of memory."""
         self.setbacks += out_of_memory
-        if self.reads_features:
-            self.pool.bench = None
+        self.pool.bench = None
         empty_cache = getattr(torch.get_device_module(self.device), "empty_cache", None)
         if empty_cache is not None:
             empty_cache()
@@ -269,6 +277,11 @@ class DovetailAssistantModel(PreTrainedModel):
         """Where all weights that drafting reads lie in memory, the target's included; graphs hold on to these."""
         tensors = (*self.parameters(), *self.buffers(), *self._weights.tensors)
         return tuple((t.data_ptr(), t.dtype) for t in tensors)
+
+    @property
+    def input_size(self) -> int:
+        """Width of what a row reads beside its token: an encoded feature, or the hidden state of the row before."""
+        return self.config.hidden_size
 
     @property
     def target_ids(self) -> Tensor | None:
@@ -375,7 +388,7 @@ class DovetailAssistantModel(PreTrainedModel):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave the target's weights behind; they are shared again at the next meeting."""
-        return {**self.__dict__, "_shared": None}
+        return {**self.__dict__, "_shared": None, "_recast": None}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:

@@ -1,15 +1,17 @@
 """How a session computes the rows of its draft: the committed ones, and a tree's behind them.
 
-`FusionSteps` writes the network's own rows into preallocated buffers; `LanguageModelSteps` runs any causal LM of
+`BlockSteps` writes the rows of blocks into preallocated buffers; `LanguageModelSteps` runs any causal LM of
 transformers with its cache and masks. A tree's rows are forgotten by being written over.
 """
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from .blocks import Rotation
+from .blocks import KeyValueStore, RotaryTable, Rotation
 from .modeling import DovetailAssistantModel
 from .rows import RowBuffer
 
@@ -17,11 +19,56 @@ _CHUNK = 256
 """Committed rows computed at a time, so that the mask of a long prompt stays small."""
 
 
-class FusionSteps:
-    """The network's own rows in a `RowBuffer`; a `levels.Stepper` for the host.
+class Network(Protocol):
+    """What computes rows: a draft with a fusion, or a causal LM in the same blocks (`recast.RecastLM`).
+
+    Attributes:
+        input_size: width of what a row reads beside its token; 0 if that is nothing.
+        target_ids: as `levels.Stepper`'s.
+        rotary: cos and sin of its positions.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    input_size: int
+    target_ids: Tensor | None
+    rotary: RotaryTable
+
+    def step(
+        self,
+        tokens: Tensor,
+        inputs: Tensor,
+        rotation: Rotation,
+        mask: Tensor | None = None,
+        store: KeyValueStore | None = None,
+    ) -> Tensor:
+        """Compute rows, with all that depends on positions and branches made by the caller.
+
+        Args:
+            tokens: (B, T). inputs: (B, T, `input_size`) features, or hidden states of rows before.
+            rotation: of the rows' positions, from `rotary`.
+            mask: (B or 1, 1, T, K) bool, or to be added, in the network's precision; None: all keys for all rows.
+            store: earlier rows' keys and values.
+
+        Returns:
+            (B, T, h) hidden states.
+        """
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, T, V) float32 logits of (B, T, h) hidden states."""
+
+    def new_rows(self, capacity: int) -> RowBuffer:
+        """Empty buffers for one drafting session."""
+
+    def addresses(self) -> tuple:
+        """Where all weights lie in memory that rows are computed with; graphs hold on to these."""
+
+
+class BlockSteps:
+    """A network's rows in a `RowBuffer`; a `levels.Stepper` for the host.
 
     Args:
-        draft: a draft that reads features.
+        network: what computes them.
         buffer: where keys and values live.
         sharpness: of the session, see `draft.DraftSession`.
 
@@ -29,22 +76,22 @@ class FusionSteps:
         start: position of the first row. held: committed rows.
     """
 
-    def __init__(self, draft: DovetailAssistantModel, buffer: RowBuffer, sharpness: float = 1.0) -> None:
-        self._draft, self.buffer, self._sharpness = draft, buffer, sharpness
-        self.target_ids = draft.target_ids
+    def __init__(self, network: Network, buffer: RowBuffer, sharpness: float = 1.0) -> None:
+        self._network, self.buffer, self._sharpness = network, buffer, sharpness
+        self.target_ids = network.target_ids
         self.start = self.held = 0
         self._tree = self._level = 0  # rows and levels of the tree so far
-        self._least = torch.finfo(draft.dtype).min
+        self._least = torch.finfo(network.dtype).min
 
     def catch_up(self, tokens: Tensor, features: Tensor) -> Tensor:
-        """Compute committed rows: tokens (1, T), features (1, T, h); return the last one's hidden state (1, 1, h)."""
+        """Compute committed rows: tokens (1, T), features (1, T, f); return the last one's hidden state (1, 1, h)."""
         for part, inputs in zip(tokens.split(_CHUNK, dim=1), features.split(_CHUNK, dim=1), strict=True):
             count, mask = part.shape[1], None
             if count > 1:
                 mask = inputs.new_full((1, 1, count, self.held + count), self._least).triu_(self.held + 1)
             self.buffer.reserve(self.held + count)
             store, rotation = self.buffer.at(self.held, count), self._rotation(self.held, count)
-            hidden = self._draft.step(part, inputs, rotation, mask, store)
+            hidden = self._network.step(part, inputs, rotation, mask, store)
             self.held += count
         return hidden[0, -1:].unsqueeze(0)  # not hidden[:, -1:]: its strides cost the next product its fast path
 
@@ -57,11 +104,11 @@ class FusionSteps:
         store, rotation = self.buffer.at(first, count), self._rotation(self.held + self._level, 1)
         self._tree += count
         self._level += 1
-        return self._draft.step(tokens, hidden, rotation, mask, store)
+        return self._network.step(tokens, hidden, rotation, mask, store)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `levels.Stepper`."""
-        return self._draft.logits(hidden) * self._sharpness
+        return self._network.logits(hidden) * self._sharpness
 
     def forget(self) -> None:
         """Drop the tree's rows: the next rows are written over them."""
@@ -70,7 +117,7 @@ class FusionSteps:
     def _rotation(self, row: int, count: int) -> Rotation:
         """The rotation of `count` positions from row `row`'s on."""
         first = self.start + row
-        cos, sin = self._draft.rotary.table(first + count, self._draft.device, self._draft.dtype)
+        cos, sin = self._network.rotary.table(first + count, self._network.device, self._network.dtype)
         return cos[:, first : first + count], sin[:, first : first + count]
 
 
@@ -93,8 +140,8 @@ class LanguageModelSteps:
         self.start = self.held = self._level = 0
         self._slots = torch.arange(0, device=self._device)  # (R,) in the sequence, of the tree's rows so far
 
-    def catch_up(self, tokens: Tensor, features: None) -> Tensor:
-        """Compute the committed rows of (1, T) tokens; return the last one's hidden state (1, 1, h)."""
+    def catch_up(self, tokens: Tensor, features: Tensor) -> Tensor:
+        """Compute the committed rows of (1, T) tokens, which are all that it reads; return the last one's hidden state (1, 1, h)."""
         keys = torch.arange(self.held + tokens.shape[1], device=self._device).unsqueeze(0)
         slots = keys[:, self.held :]
         hidden = self._step(tokens, slots, keys, keys[:, None, :] <= slots[:, :, None])

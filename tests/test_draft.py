@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from hf_dovetail import DovetailAssistantModel, TreeShape
 from hf_dovetail.draft import DraftSession
 from hf_dovetail.plugin import SHARPEST, sharpness_of
+from hf_dovetail.recast import RecastLM
 from hf_dovetail.tree import DraftTree
 
 Continuations = Callable[[tuple[int, ...]], Tensor]
@@ -231,7 +232,7 @@ def test_pruning_on_the_cpu_leaves_the_same_tree(shape: TreeShape) -> None:
     """Guards the bound of `levels`: a node dropped too early costs its descendants their place."""
     target = tiny.build("llama")
     target.lm_head.weight.mul_(4.0)  # as sure as trained models are: trees become deep
-    draft = tiny.draft_for(target, "accepting")
+    draft = tiny.met(tiny.draft_for(target, "accepting"), target)
     depths, saved = set(), 0
     for seed in range(20):
         ids, trees, rows = tiny.prompt(10, seed=seed), [], []
@@ -239,12 +240,12 @@ def test_pruning_on_the_cpu_leaves_the_same_tree(shape: TreeShape) -> None:
             session = DraftSession(draft, on_host=prunes)
             session.begin(ids[:, :1], 0)
             session.commit(ids[:, 1:], None)
-            level, widths = session._steps.level, []
-            session._steps.level = lambda t, *rest, level=level, widths=widths: (
-                widths.append(t.shape[1]) or level(t, *rest)
-            )
-            trees.append(DraftTree.unpack(ids[:, -1:], session.grow(shape)))
-            rows.append(sum(widths))
+            widths = []
+            with pytest.MonkeyPatch.context() as patch:
+                step = RecastLM.step
+                patch.setattr(RecastLM, "step", lambda *given: widths.append(given[1].shape[1]) or step(*given))
+                trees.append(DraftTree.unpack(ids[:, -1:], session.grow(shape)))
+            rows.append(sum(widths[1:]))  # the first are the committed rows
         assert trees[0].tokens.tolist() == trees[1].tokens.tolist()
         assert trees[0].parents.tolist() == trees[1].parents.tolist()
         depths.add(int(trees[0].depths.max()))

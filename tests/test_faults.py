@@ -18,13 +18,14 @@ from hf_dovetail.controller import LARGEST, AutoController
 from hf_dovetail.decode import Round
 from hf_dovetail.draft import DraftSession
 from hf_dovetail.drafting import Drafting, Waiting
+from hf_dovetail.recast import RecastLM
 from hf_dovetail.tree import DraftTree
 
 STEPS: dict[str, tuple[Any, str]] = {
     "the session's begin": (DraftSession, "begin"),
     "data for the device": (Waiting, "_moved"),
     "tokens to catch up with": (DraftSession, "commit"),
-    "a pass of the network": (DovetailAssistantModel, "logits"),
+    "a pass of the network": (RecastLM, "logits"),
     "a level": (levels, "best_continuations"),
     "the best nodes": (draft, "rerank"),
     "the packed tree": (DraftTree, "unpack"),
