@@ -111,7 +111,7 @@ def why_not(lm: PreTrainedModel) -> str | None:
         return f"models of type {config.model_type!r} are not known to fit"
     if not all(type(module).__module__.startswith("transformers.models.") for module in (decoder, *layers)):
         return "its layers are not those of transformers"
-    if any(getattr(layer.self_attn, "sliding_window", None) for layer in layers):
+    if getattr(config, "sliding_window", None) or set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
         return "its attention sees a window only"
     if decoder.rotary_emb.rope_type not in ROPE_TYPES_KEPT:
         return f"its RoPE of type {decoder.rotary_emb.rope_type!r} depends on more than the position"

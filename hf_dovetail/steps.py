@@ -141,7 +141,7 @@ class LanguageModelSteps:
         self._slots = torch.arange(0, device=self._device)  # (R,) in the sequence, of the tree's rows so far
 
     def catch_up(self, tokens: Tensor, features: Tensor) -> Tensor:
-        """Compute the committed rows of (1, T) tokens, which are all that it reads; return the last one's hidden state (1, 1, h)."""
+        """Compute the committed rows of (1, T) tokens, all that it reads; return the last hidden state (1, 1, h)."""
         keys = torch.arange(self.held + tokens.shape[1], device=self._device).unsqueeze(0)
         slots = keys[:, self.held :]
         hidden = self._step(tokens, slots, keys, keys[:, None, :] <= slots[:, :, None])

@@ -68,14 +68,14 @@ def dgf_pair(bits: int | None = None) -> tuple:
     return draft, ids.to(device), features.to(device)
 
 
-def trees(draft: DovetailAssistantModel, ids: torch.Tensor, features: torch.Tensor) -> list[torch.Tensor]:
+def trees(draft: DovetailAssistantModel, ids: torch.Tensor, features: torch.Tensor | None) -> list[torch.Tensor]:
     """The packed trees of one answer's rounds, four tokens a round."""
-    session, grown = DraftSession(draft), []
+    session, grown, held = DraftSession(draft), [], 0
     session.begin(ids[:, :1], 0)
     for known in range(ids.shape[1] - 80, ids.shape[1], 4):
-        first = session.length + 1
-        session.commit(ids[:, first : known + 1], features[:, first - 1 : known])
+        session.commit(ids[:, held + 1 : known + 1], None if features is None else features[:, held:known])
         grown.append(session.grow(TreeShape(16, 7, 10)).cpu())
+        held = known
     return grown
 
 
@@ -180,6 +180,21 @@ def test_copies_that_nobody_waits_for_arrive_whole() -> None:
     assert not torch.cuda.current_stream().query()
     for value, arrival in enumerate(arrivals):
         assert bool((arrival.wait() == value).all())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need CUDA")
+def test_graphs_grow_the_trees_of_a_small_lms_own_layers() -> None:
+    """Guards a causal LM in lean blocks, in graphs on this GPU, against transformers' forward pass."""
+    target, _, tokenizer = load_pair(torch.float32)
+    draft = DovetailAssistantModel.from_causal_lm(load_pair(torch.float32)[0])
+    device = draft.meet(target)
+    ids = tokenizer(demo_prompts()[0], return_tensors="pt").input_ids
+    ids = target.generate(ids, max_new_tokens=80, do_sample=False).to(device)
+    lean = trees(draft, ids, None)
+    assert any(isinstance(known, graphs.Captured) for known in draft.pool.bench.graphs.values())
+    draft._recast = None
+    assert_close(lean, trees(draft, ids, None))
+    assert not torch.equal(lean[0], lean[-1])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need CUDA")
