@@ -67,7 +67,7 @@ class DraftSession:
         """Open the session with the first token (1, 1) that the target has read, at position `start`."""
         self._steps.start = start
         if not self._draft.reads_features:
-            self._tokens = first
+            self._tokens = self._known(first)
 
     def commit(self, tokens: Tensor, features: Tensor | None) -> None:
         """Add what is certain now; it is computed by the next `grow`.
@@ -76,10 +76,14 @@ class DraftSession:
             tokens: (1, T) the tokens that follow the positions of `features`; the last one is the next root.
             features: (1, T, f) the target's features, on the draft's device; None for a draft that reads none.
         """
-        self._tokens = torch.cat((self._tokens, tokens), dim=1)
+        self._tokens = torch.cat((self._tokens, self._known(tokens)), dim=1)
         if features is not None:
             features = features.to(self._draft.dtype)
             self._features = features if self._features is None else torch.cat((self._features, features), dim=1)
+
+    def _known(self, tokens: Tensor) -> Tensor:
+        """Tokens of the target as the draft may read them: its last in place of one that only the target has."""
+        return tokens.clamp(max=self._draft.config.vocab_size - 1)
 
     def grow(self, shape: TreeShape, keep_going: KeepGoing | None = None, shifts: np.ndarray | None = None) -> Tensor:
         """Propose the best tree of this shape (EAGLE-2's expansion and re-ranking).

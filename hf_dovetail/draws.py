@@ -45,12 +45,13 @@ class Choice:
 
         Args:
             logits: (T, V) float32. level: 0 for the token after the root.
-            target_ids: (V,) int64, the target's ids of the columns; None: their places.
+            target_ids: (V,) int64, the target's ids of the columns; None: their places, maybe not up to the last.
         """
         for warper in self.warpers:
             logits = warper(None, logits)
         noise = self.log_noise[level]
-        return (logits - (noise if target_ids is None else noise[target_ids])) * self.sharpness
+        noise = noise[: logits.shape[-1]] if target_ids is None else noise[target_ids]
+        return (logits - noise) * self.sharpness
 
 
 class SharedDraws:

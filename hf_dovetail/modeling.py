@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from .attention import BranchingMask, why_not_branching
 from .blocks import KeyValueStore, RMSNorm, RotaryTable, Rotation, finish_logits, fold_mask, make_blocks, make_fusion
@@ -38,6 +39,8 @@ from .weights import (
     shared_bytes,
 )
 
+logger = logging.get_logger(__name__)
+
 
 class DovetailAssistantModel(PreTrainedModel):
     """A draft for `target.generate(..., assistant_model=draft)`.
@@ -50,6 +53,7 @@ class DovetailAssistantModel(PreTrainedModel):
         setbacks: how often the draft's device ran out of memory; each halves the trees of later answers.
         last_stats: `GenerationStats` of the last call, or None.
         watch: called with each `decode.Round` of a call, or None.
+        known_tokens: how many tokens it shares with the target that it met last, from the first.
         weight_bits: 8 if it was loaded with `weight_bits=8`, else None.
         tokenizer_source: folder or name of the tokenizer that `save_pretrained` saves beside the draft, or None.
     """
@@ -73,6 +77,7 @@ class DovetailAssistantModel(PreTrainedModel):
         self._tree: TreeShape | Literal["auto"] = "auto"
         self._shared: SharedWeights | None = None
         self._recast: RecastLM | None = None
+        self.known_tokens = config.vocab_size
         self.pool = Pool()
         if config.fusion == "none":
             self.lm = lm if lm is not None else AutoModelForCausalLM.from_config(_lm_config(config))
@@ -205,7 +210,8 @@ class DovetailAssistantModel(PreTrainedModel):
             check_evaluating(self.lm)
             if self.lm is not target:  # a target that drafts for itself stays where it is
                 self._place()
-            self._recast = recast(self.lm)
+            self._know(target.config.get_text_config(decoder=True).vocab_size)
+            self._recast = recast(self.lm, self.known_tokens)
             return self.device
         if self.config.attention_dropout:
             check_evaluating(self)
@@ -218,6 +224,16 @@ class DovetailAssistantModel(PreTrainedModel):
         if self.weight_bits is not None:
             try_integers((*self.modules(), *self._shared.matrices))
         return self.device
+
+    def _know(self, size: int) -> None:
+        """Take a difference to the target's vocabulary of `size` tokens for padding."""
+        own = self.config.vocab_size
+        self.known_tokens = min(own, size)
+        if own != size:
+            logger.warning_once(
+                f"the draft's vocabulary has {own} entries, the target's {size}: taken for padding of the same "
+                "tokenizer. If their tokenizers differ, answers stay right but hardly anything is accepted"
+            )
 
     @property
     def network(self) -> DovetailAssistantModel | RecastLM | None:
@@ -363,7 +379,7 @@ class DovetailAssistantModel(PreTrainedModel):
         EAGLE-3 has a norm and a head of its own, which ranks the tokens of `target_ids`.
         """
         if self.config.fusion == "none":
-            logits = self.lm.get_output_embeddings()(hidden).float()
+            logits = self.lm.get_output_embeddings()(hidden)[..., : self.known_tokens].float()
         elif self.config.fusion == "eagle3":
             logits = self.lm_head(hidden if self.config.norm_output else self.norm(hidden)).float()
         else:

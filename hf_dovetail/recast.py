@@ -37,18 +37,19 @@ class RecastLM:
     Args:
         lm: the model.
         config: its geometry.
+        tokens: how many of its tokens may be proposed, from the first.
     """
 
     input_size = 0
     target_ids = None
 
-    def __init__(self, lm: PreTrainedModel, config: DovetailConfig) -> None:
+    def __init__(self, lm: PreTrainedModel, config: DovetailConfig, tokens: int) -> None:
         decoder = lm.get_decoder()
         self._embedding, self._head = lm.get_input_embeddings(), lm.get_output_embeddings()
         self._blocks, self._norm = [_block(layer, config) for layer in decoder_layers(decoder)], _norm(decoder.norm)
         self.rotary = RotaryTable(config, decoder.rotary_emb)
         self.device, self.dtype = lm.device, lm.dtype
-        self._groups = config.num_attention_heads // config.num_key_value_heads
+        self._tokens, self._groups = tokens, config.num_attention_heads // config.num_key_value_heads
         self._rows = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
 
     def step(
@@ -69,7 +70,7 @@ class RecastLM:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `steps.Network`."""
-        return self._head(hidden).float()
+        return self._head(hidden)[..., : self._tokens].float()
 
     def new_rows(self, capacity: int) -> RowBuffer:
         """See `steps.Network`."""
@@ -85,16 +86,21 @@ class RecastLM:
 _known: WeakKeyDictionary[PreTrainedModel, tuple[tuple, RecastLM | None]] = WeakKeyDictionary()
 
 
-def recast(lm: PreTrainedModel) -> RecastLM | None:
-    """The model in lean blocks that share its modules, where they are now; None where its own layers must do it."""
+def recast(lm: PreTrainedModel, tokens: int) -> RecastLM | None:
+    """The model in lean blocks that share its modules, where they are now; None where its own layers must do it.
+
+    Args:
+        lm: a causal LM in evaluation mode.
+        tokens: how many of its tokens may be proposed, from the first.
+    """
     reason, config = why_not(lm), None
     if reason is None:
         config = _geometry(lm)
-        parts = (lm.device, lm.dtype, *map(id, _shared(lm)))
+        parts = (tokens, lm.device, lm.dtype, *map(id, _shared(lm)))
     else:
         parts = (reason,)
     if lm not in _known or _known[lm][0] != parts:
-        found = None if config is None else RecastLM(lm, config)
+        found = None if config is None else RecastLM(lm, config, tokens)
         if found is not None and not _agrees(found, lm):
             found, reason = None, "they would compute something else"
         how = "in lean blocks" if found is not None else f"with its own layers: {reason}"

@@ -58,6 +58,8 @@ def _patch_generation(module: ModuleType) -> None:
             from .plugin import check_request
 
             check_request(self, assistant, generation_mode, generation_config)
+            if assistant.config.vocab_size != self.config.get_text_config().vocab_size:  # padding, which is no other
+                mode_kwargs = {name: given for name, given in mode_kwargs.items() if name != "assistant_model"}
         elif assistant is not None:
             from .formats import check_not_misread
 
@@ -76,7 +78,7 @@ def _restore_generation(module: ModuleType) -> None:
 def _patch_pipelines(module: ModuleType) -> None:
     """Let a pipeline take the path of a published draft, whose files look like a Llama's; all else goes on as before.
 
-    A draft that reads its target's features has the target's tokenizer, whatever special tokens its own files name.
+    A draft has its target's tokenizer, whatever special tokens its own files name: others are refused by `generate`.
     """
     load = _originals["load_assistant_model"] = module.load_assistant_model
 
@@ -89,7 +91,7 @@ def _patch_pipelines(module: ModuleType) -> None:
                 from .modeling import DovetailAssistantModel
 
                 assistant_model = DovetailAssistantModel.from_pretrained(assistant_model, dtype=model.dtype)
-        if _is_draft(assistant_model) and assistant_model.reads_features and model.can_generate():
+        if _is_draft(assistant_model) and model.can_generate():
             return assistant_model, None
         return load(model, assistant_model, assistant_tokenizer)
 

@@ -19,6 +19,8 @@ from .packed import PackedWeight
 
 logger = logging.get_logger(__name__)
 
+_PADDING = 0.01
+"""Largest part of a vocabulary that may be padding: Qwen 2.5 has 151,936 entries or 152,064, by size of the model."""
 
 Place = tuple[torch.device, torch.dtype, int | None]
 """Where a draft is: its device, its precision, and the bits of its matrices if these are fewer."""
@@ -149,6 +151,8 @@ def check_fits_config(config: DovetailConfig, target: PreTrainedConfig, name: st
         raise ValueError(f"{name} is an encoder-decoder; Dovetail drafts for decoder-only targets")
     text = target.get_text_config(decoder=True)
     pairs = [("vocab_size", config.vocab_size, text.vocab_size)]
+    if config.fusion == "none" and differs_by_padding(config.vocab_size, text.vocab_size):
+        pairs = []
     if config.fusion != "none":
         pairs.append(("hidden_size", config.target_hidden_size or config.hidden_size, text.hidden_size))
         pairs.append(("model type", config.target_type or text.model_type, text.model_type))
@@ -164,6 +168,11 @@ def check_fits_config(config: DovetailConfig, target: PreTrainedConfig, name: st
             f"this draft does not fit the target: it reads the inputs of layers {config.feature_layers}, the target "
             f"{name} has {text.num_hidden_layers} layers, numbered from 0; use the draft of this target"
         )
+
+
+def differs_by_padding(one: int, other: int) -> bool:
+    """Whether two sizes of a vocabulary may belong to one tokenizer: families pad it, each model as suits it."""
+    return abs(one - other) <= _PADDING * max(one, other)
 
 
 def feature_layers(config: DovetailConfig, target: PreTrainedConfig) -> tuple[int, ...]:

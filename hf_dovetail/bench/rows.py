@@ -78,11 +78,11 @@ def make_rows(
     rows = [Row(PLAIN)]
     for prefix, model in (("dovetail", draft), ("dovetail-wide-draft", wide_draft)):
         if model is not None:
-            rows += [_dovetail(f"{prefix}-fixed", model, shape), _dovetail(f"{prefix}-auto", model, "auto")]
+            rows += [dovetail(f"{prefix}-fixed", model, shape), dovetail(f"{prefix}-auto", model, "auto")]
     if random is not None:
-        rows.append(_dovetail("random-draft-auto", random, "auto"))
+        rows.append(dovetail("random-draft-auto", random, "auto"))
     if assistant is not None:
-        rows.append(_dovetail("dovetail-lm-auto", DovetailAssistantModel.from_causal_lm(assistant), "auto"))
+        rows.append(dovetail("dovetail-lm-auto", DovetailAssistantModel.from_causal_lm(assistant), "auto"))
         rows += [_assisted(f"assisted-{length}", assistant, length) for length in _CHAINS]
         rows.append(_assisted("assisted-default", assistant, None))
     rows += [Row(f"lookup-{length}", {"prompt_lookup_num_tokens": length}) for length in _LOOKUPS]
@@ -100,7 +100,8 @@ ROW_NAMES = (
 """The names that `make_rows` gives."""
 
 
-def _dovetail(name: str, draft: DovetailAssistantModel, tree: TreeShape | str) -> Row:
+def dovetail(name: str, draft: DovetailAssistantModel, tree: TreeShape | str) -> Row:
+    """Dovetail with a copy of the draft, whose trees have this shape."""
     own = copy.deepcopy(draft)  # what a draft learns in one row stays there
 
     def before() -> None:
