@@ -1,16 +1,18 @@
-"""How long a draft takes for a round: the pair's own, and drafts of a 7 B target's shape with random weights.
+"""How long a draft takes for a round: the pair's own, drafts of a 7 B target's shape, and a small LM of 0.5 B.
 
     python benchmarks/draft_latency.py           # on the accelerator, if there is one; else the pair's draft only
     python benchmarks/draft_latency.py --big     # the large drafts on the CPU too: some 6 GB of memory
 
 A round commits four rows and grows a tree of 16 nodes, depth 7, top-k 10. "issue" is the time until `grow` returns,
 "total" until the tree is on the host. On CUDA every case runs with graphs and without. Random weights make trees that
-are as wide as they can be; the pair's draft follows real text. Writes results/draft_latency.json.
+are as wide as they can be; the pair's draft follows real text. The LM runs in lean blocks, and for comparison
+with transformers' layers, which no graph holds. Writes results/draft_latency.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Iterator
@@ -19,14 +21,14 @@ from typing import Any
 import common
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
 from hf_dovetail.demo import demo_prompts, load_pair
 from hf_dovetail.draft import DraftSession
 
 SHAPE, ROWS, WARM_UP = TreeShape(nodes=16, depth=7, top_k=10), 4, 5
-Case = tuple[str, DovetailAssistantModel, Tensor, Tensor]
+Case = tuple[str, DovetailAssistantModel, Tensor, Tensor | None]
 
 
 @torch.no_grad()
@@ -62,6 +64,34 @@ def big_cases(rounds: int, contexts: list[int], draft_device: str) -> Iterator[C
             yield name, draft, ids, features
 
 
+@torch.no_grad()
+def lm_cases(rounds: int, contexts: list[int], draft_device: str) -> Iterator[Case]:
+    """A small LM in the shape of Qwen 2.5 0.5 B, bf16."""
+    config = Qwen2Config(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, dtype="bfloat16",
+    )  # fmt: skip
+    lm = Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    for lean in (True, False):
+        draft = DovetailAssistantModel.from_causal_lm(lm)
+        draft.draft_device = draft_device
+        device = draft.meet(draft_target(config))
+        if not lean:
+            draft._recast = None
+        for context in contexts:
+            ids = torch.randint(config.vocab_size, (1, context + ROWS * rounds), device=device)
+            yield f"0.5B LM, {context} rows" + ("" if lean else ", transformers' layers"), draft, ids, None
+
+
+def draft_target(config: Qwen2Config) -> Qwen2ForCausalLM:
+    """The least target with an LM's vocabulary."""
+    small = Qwen2Config(
+        vocab_size=config.vocab_size, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(small).eval()
+
+
 def measure(case: Case, rounds: int, graphs: bool) -> dict[str, Any]:
     """Medians of one case, in ms."""
     name, draft, ids, features = case
@@ -72,11 +102,12 @@ def measure(case: Case, rounds: int, graphs: bool) -> dict[str, Any]:
         draft.pool.bench.graphs.clear()
     session.begin(ids[:, :1], 0)
     known = ids.shape[1] - ROWS * rounds
-    session.commit(ids[:, 1:known], features[:, : known - 1])
+    session.commit(ids[:, 1:known], None if features is None else features[:, : known - 1])
     session.grow(SHAPE).cpu()
     for first in range(known, ids.shape[1], ROWS):
         begin = time.perf_counter()
-        session.commit(ids[:, first : first + ROWS], features[:, first - 1 : first + ROWS - 1])
+        new = None if features is None else features[:, first - 1 : first + ROWS - 1]
+        session.commit(ids[:, first : first + ROWS], new)
         packed = session.grow(SHAPE)
         issue_ms.append(1e3 * (time.perf_counter() - begin))
         packed.cpu()
@@ -102,7 +133,8 @@ def main() -> None:
     modes = {"both": [False, True], "on": [True], "off": [False]}[arguments.graphs] if cuda else [False]
     rows += [measure(case, arguments.rounds, graphs) for case in [pair_case(arguments.rounds)] for graphs in modes]
     if arguments.big or torch.accelerator.is_available():
-        for case in big_cases(arguments.rounds, arguments.contexts, "auto"):
+        sizes = arguments.rounds, arguments.contexts, "auto"
+        for case in itertools.chain(lm_cases(*sizes), big_cases(*sizes)):
             rows += [measure(case, arguments.rounds, graphs) for graphs in modes]
     shape = {"nodes": SHAPE.nodes, "depth": SHAPE.depth, "top_k": SHAPE.top_k}
     common.write("draft_latency", {"shape": shape, "rows_per_round": ROWS, "cases": rows})

@@ -124,6 +124,7 @@ def latency(size: Size) -> dict[str, Any]:
     modes = [False, True] if torch.cuda.is_available() else [False]
     cases = [draft_latency.pair_case(size.rounds)]
     if size is FULL:
+        cases += draft_latency.lm_cases(size.rounds, size.contexts, "auto")
         cases += draft_latency.big_cases(size.rounds, size.contexts, "auto")
     return {"cases": [draft_latency.measure(case, size.rounds, graphs) for case in cases for graphs in modes]}
 
