@@ -118,10 +118,12 @@ class GrowingCache(DynamicCache):
 
         Layers may be on several devices; `move` brings the positions to each.
         """
-        if list(path) == list(range(len(path))):
-            self.truncate(start + len(path))
+        stay = next((place for place, node in enumerate(path) if place != node), len(path))
+        if stay == len(path):
+            self.truncate(start + stay)
             return
-        positions = torch.tensor(path, device="cpu") + start
+        start += stay  # the nodes before stand where they shall
+        positions = torch.tensor(path[stay:], device="cpu") + (start - stay)
         used = {layer.device for layer in self.layers if layer.is_initialized}
         there = {device: move(positions, device) for device in used}
         for layer in self.layers:

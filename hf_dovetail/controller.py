@@ -430,8 +430,7 @@ def _nodes(tree: DraftTree) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
     """
     sums, parents = tree.log_probs.numpy()[0], tree.parents.numpy()[0, 1:]
     log_probs = np.maximum(sums[1:], _IMPOSSIBLE) - np.maximum(sums[parents], _IMPOSSIBLE)
-    ranks = np.tril(parents[:, None] == parents, -1).sum(axis=1)
-    return np.minimum(log_probs, 0.0), ranks, tree.depths.numpy()[0, 1:], parents
+    return np.minimum(log_probs, 0.0), tree.ranks.numpy()[0, 1:], tree.depths.numpy()[0, 1:], parents
 
 
 def _gains(tree: DraftTree, shifts: np.ndarray) -> np.ndarray:

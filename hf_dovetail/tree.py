@@ -153,7 +153,25 @@ class DraftTree:
     @cached_property
     def depths(self) -> Tensor:
         """(B, N) int64: edges between the node and the root."""
-        return self.ancestors.sum(dim=-1) - 1
+        found = []
+        for parents in self.parents.tolist():
+            depths = [0]
+            for parent in parents[1:]:
+                depths.append(depths[parent] + 1)
+            found.append(depths)
+        return torch.tensor(found, device="cpu")
+
+    @cached_property
+    def ranks(self) -> Tensor:
+        """(B, N) int64: how many nodes before it have the same parent; 0 for the root."""
+        found = []
+        for parents in self.parents.tolist():
+            children, ranks = [0] * len(parents), [0]
+            for parent in parents[1:]:
+                ranks.append(children[parent])
+                children[parent] += 1
+            found.append(ranks)
+        return torch.tensor(found, device="cpu")
 
     @cached_property
     def _arrays(self) -> tuple[np.ndarray, np.ndarray]:

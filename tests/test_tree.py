@@ -38,6 +38,7 @@ def test_ancestors_depths_and_paths_are_those_of_a_walk_up_the_tree(seed: int) -
         path = climb(parents, node)
         assert tree.path(node) == path
         assert tree.depths[0, node] == len(path) - 1
+        assert tree.ranks[0, node] == parents[:node].count(parents[node])
         assert tree.ancestors[0, node].nonzero().flatten().tolist() == path
     assert tree.num_nodes == len(parents) - 1
 
@@ -50,6 +51,8 @@ def test_rows_of_a_batch_do_not_mix() -> None:
     for row, parents in enumerate(rows):
         assert [tree.path(node, row) for node in range(9)] == [climb(parents, node) for node in range(9)]
         assert tree.child(parents[8], 8, row) == 8
+        assert torch.equal(tree.depths[row], tree_of(parents).depths[0])
+        assert torch.equal(tree.ranks[row], tree_of(parents).ranks[0])
 
 
 @pytest.mark.parametrize("seed", SEEDS)
