@@ -347,7 +347,7 @@ def put(name: str, value: Tensor) -> Any:
         ("eagle3", put("d2t", torch.full((DRAFT_VOCAB,), 90)), "d2t names 40 tokens between 90 and 129"),
         ("eagle3", changed(draft_vocab_size=41), "says draft_vocab_size 41, lm_head has 40 rows"),
         ("eagle3", changed(rope_scaling={"rope_type": "longrope", "factor": 2.0}), "RoPE is of type 'longrope'"),
-        ("eagle3", changed(num_hidden_layers=2), "num_hidden_layers 2, its tensors are those of 1"),
+        ("eagle-vicuna", changed(num_hidden_layers=2), "num_hidden_layers 2, its tensors are those of 1"),
         ("eagle3", changed(eagle_config={"use_aux_hidden_state": False}), "use_aux_hidden_state false"),
         ("eagle3", changed(hidden_size=64), r"fusion.fc.weight has shape \(32, 96\), expected \(64, 192\)"),
         ("eagle3", changed(target_hidden_size=48), "a draft of another width needs embeddings of its own"),

@@ -107,10 +107,10 @@ def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _blocks(found: Format, stated: Mapping[str, Any], plain: Shapes, source: str) -> int:
-    """How many decoder blocks it has: as many as are there, and no other number may be stated."""
+    """How many decoder blocks it has: as many as are there; where the number is stated it must be the same."""
     numbers = {int(match[1]) for name in plain if (match := re.match(r"layers\.(\d+)\.", name))}
     count = max(numbers, default=0) + 1
-    if stated.get("num_hidden_layers", count) != count:
+    if found.states_blocks and stated.get("num_hidden_layers", count) != count:
         raise ValueError(
             f"{source} looks like {found.name}: its configuration says num_hidden_layers "
             f"{stated['num_hidden_layers']}, its tensors are those of {count}"
