@@ -108,24 +108,29 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str,
     Raises:
         ValueError: if the tokenizer has no chat template, the template refuses the conversation, or no turn is found.
     """
-    if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template; give plain text, or the tokenizer of a chat model")
-
-    def rendered(turns: Sequence[dict[str, str]], ask: bool = False) -> str:
-        try:
-            return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=ask)
-        except Exception as error:  # a template raises what it likes (jinja2.TemplateError)
-            raise ValueError(f"the chat template refuses this conversation: {error}") from error
-
-    whole, spans = rendered(messages), []
+    whole, spans = rendered(tokenizer, messages), []
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
-            asked, answered = rendered(messages[:turn], ask=True), rendered(messages[: turn + 1])
+            asked, answered = rendered(tokenizer, messages[:turn], ask=True), rendered(tokenizer, messages[: turn + 1])
             if whole.startswith(asked) and whole.startswith(answered) and len(answered) > len(asked):
                 spans.append((len(asked), len(answered)))
     if not spans:
         raise ValueError("no assistant turn can be found in what the chat template makes of this conversation")
     return whole, spans
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], ask: bool = False) -> str:
+    """What the chat template makes of turns; with `ask`, up to where an answer begins.
+
+    Raises:
+        ValueError: if the tokenizer has no chat template, or it refuses the turns.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template; give plain text, or the tokenizer of a chat model")
+    try:
+        return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=ask)
+    except Exception as error:  # a template raises what it likes (jinja2.TemplateError)
+        raise ValueError(f"the chat template refuses this conversation: {error}") from error
 
 
 def _encode_text(tokenizer: PreTrainedTokenizerBase, record: Record) -> Encoded:
