@@ -60,6 +60,15 @@ def test_a_turn_that_the_template_rewrites_does_not_count_where_it_is_not(tokeni
     assert "hm" not in text
 
 
+def test_a_turn_counts_whatever_the_template_puts_before_the_last_one(tokenizer) -> None:
+    """Guards Qwen 3, which writes empty reasoning before the last answer alone: no other turn would be learned."""
+    tokenizer.chat_template = TEMPLATE.replace(
+        "{{ m['content'] }}", "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m['content'] }}"
+    )
+    text, spans = render_chat(tokenizer, CHAT)
+    assert [text[a:b] for a, b in spans] == ["zero<end>", "<think></think>one, of course<end>"]
+
+
 def test_a_completion_counts_and_its_prompt_does_not(tokenizer, tmp_path: Path) -> None:
     path = lines(tmp_path / "d.jsonl", {"prompt": "def f(x):\n", "completion": "    return x\n"})
     encoded = encode(tokenizer, next(read_records(path, Skipped(strict=True))))
@@ -198,6 +207,10 @@ def test_a_saved_data_set_is_read(tokenizer, tmp_path: Path) -> None:
     assert next(read_records(f"{tmp_path / 'split'}:test", Skipped())).text == texts[0]
     with pytest.raises(ValueError, match="neither a file nor a data set"):
         next(read_records(tmp_path / "split", Skipped()))
+    (tmp_path / "folder").mkdir()
+    lines(tmp_path / "folder" / "d.jsonl", "{not json")
+    with pytest.raises(ValueError, match="neither a file nor a data set"):
+        next(read_records(tmp_path / "folder", Skipped()))
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

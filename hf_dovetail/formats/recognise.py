@@ -261,6 +261,9 @@ def _vocabulary(d2t: Tensor, t2d: Tensor | None, config: DovetailConfig) -> Tens
             f"d2t names {len(ids.unique())} tokens between {int(ids.min())} and {int(ids.max())}; expected {size} "
             f"different ones below the target's {vocab_size} (token i of the draft is i + d2t[i])"
         )
-    if t2d is not None and not torch.equal(t2d.nonzero().flatten(), ids.sort().values):
-        raise ValueError("d2t and t2d name different tokens of the target; the checkpoint is damaged")
+    if t2d is not None and (len(t2d) != vocab_size or not torch.equal(t2d.nonzero().flatten(), ids.sort().values)):
+        raise ValueError(
+            f"d2t and t2d name different tokens of the target (t2d has {len(t2d)} entries for {vocab_size} tokens); "
+            "the checkpoint is damaged"
+        )
     return ids

@@ -197,6 +197,7 @@ def _dataset(source: str) -> Iterator[tuple[str, Any]]:
     name, _, split = source.partition(":")
     try:
         from datasets import load_dataset, load_from_disk
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise ValueError(
             f"there is no file {source}; to read it as a data set, install the library: pip install datasets"
@@ -207,7 +208,7 @@ def _dataset(source: str) -> Iterator[tuple[str, Any]]:
             data = data[split or "train"] if hasattr(data, "keys") else data
         else:
             data = load_dataset(name, split=split or "train")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, DatasetsError) as error:
         raise ValueError(f"{source} is neither a file nor a data set that can be loaded ({error})") from error
     for number, row in enumerate(data):
         yield f"{source}, row {number}", row
