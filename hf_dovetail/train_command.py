@@ -190,6 +190,8 @@ def _prompts(arguments: argparse.Namespace, recipe: Recipe, tokenizer: PreTraine
 
     if not recipe.validate_every:
         return text, []
+    if arguments.validation_prompts < 1:
+        raise ValueError(f"--validation-prompts is {arguments.validation_prompts}; expected at least 1")
     if arguments.features is not None and not arguments.target:
         raise ValueError("validation decodes with the target itself: give --target, or leave out --validate-every")
     if arguments.validate_on:

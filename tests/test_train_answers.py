@@ -186,14 +186,18 @@ def test_train_from_captured_features_without_the_target(tmp_path: Path, capsys)
     card = (out / "README.md").read_text()
     assert "| data | data.jsonl |" in card
     assert "LM head of its own, embeddings are the target's" in card
+    text = ["--data", str(ROOT / "hf_dovetail" / "plugin.py")]
     for options, said in (
         (["--features", features, "--validate-every", "1"], "give --target"),
         (["--features", features, "--data", "x"], "holds the text already"),
         (["--features", features, *COMMON, "--validate-every", "1"], "give prompts with --validate-on"),
         (COMMON, "give the training data with --data"),
+        ([*COMMON, *text, "--window", "1025"], "windows have 1025 tokens, the target has 1024 positions"),
+        ([*COMMON, *text, "--validate-every", "1", "--validation-prompts", "0"], "--validation-prompts is 0"),
+        ([*COMMON, *text, "--regenerate", "--answer-temperature", "-1"], "at temperature -1.0; expected"),
         (["--data", "x"], "give the target with --target"),
     ):
-        assert main(["train", *options, "--out", str(tmp_path / "none"), *SHORT]) == 2
+        assert main(["train", *SHORT, *options, "--out", str(tmp_path / "none")]) == 2
         assert said in capsys.readouterr().err
 
 

@@ -26,7 +26,7 @@ from ..blocks import finish_logits
 from ..config import describe_head, describe_target
 from ..modeling import DovetailAssistantModel
 from ..weights import feature_layers
-from .features import Batch, capture, fingerprint, text_facts
+from .features import Batch, capture, check_length, fingerprint, text_facts
 from .files import check_facts, write_whole
 from .processes import this_process
 from .text import Windows
@@ -58,9 +58,13 @@ def capture_features(
         data: names of the training data, for the cards of drafts.
 
     Raises:
-        ValueError: if `folder` holds the features of another target, text or layers.
+        ValueError: if `folder` holds the features of another target, text or layers, or windows are too long for the
+            target, or a number is not positive.
         OSError: if a shard cannot be written; those before are kept.
     """
+    if batch < 1 or shard_windows < 1:
+        raise ValueError(f"batch is {batch} and shard_windows {shard_windows}; expected at least 1")
+    check_length(target, windows.ids.shape[1])
     state, folder, layers = this_process(), Path(folder), sorted({*layers, -1})
     facts = {
         "target": fingerprint(target),

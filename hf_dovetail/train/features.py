@@ -97,6 +97,17 @@ class LiveFeatures:
         return Batch(*(tensor.to(draft.device) for tensor in (ids, features, logits)))
 
 
+def check_length(target: PreTrainedModel, window: int) -> None:
+    """Refuse windows beyond the target's last position, where it was not trained, or cannot compute at all.
+
+    Raises:
+        ValueError: with both lengths.
+    """
+    longest = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and window > longest:
+        raise ValueError(f"windows have {window} tokens, the target has {longest} positions; choose a smaller window")
+
+
 def text_facts(windows: Windows) -> dict[str, Any]:
     """What tells one training text from another."""
     digest = hashlib.sha256(windows.ids.int().contiguous().numpy())

@@ -23,7 +23,7 @@ from ..modeling import DovetailAssistantModel
 from ..recipe import Recipe
 from .card import write_card
 from .checkpoints import Checkpoint, Progress, facts_of
-from .features import LiveFeatures, Source
+from .features import LiveFeatures, Source, check_length
 from .files import naming, remove, whole, write_whole
 from .processes import splits_weights, tell_batch, whole_draft
 from .steps import DraftLoss, autocast, optimizers, parts_of_step, windows_of_a_part
@@ -103,8 +103,8 @@ def train_draft(
         extras: validation, trackers and names for the card.
 
     Raises:
-        ValueError: if there is too little text for one window, the batch does not fall into equal parts, or `out` holds
-            a finished draft or another run.
+        ValueError: if there is too little text for one window, windows are too long for the target, the batch does not
+            fall into equal parts, or `out` holds a finished draft or another run.
         FloatingPointError: if the loss is not finite; the last checkpoint stays usable.
         OSError: if the disk is full; the last checkpoint stays usable.
     """
@@ -148,6 +148,7 @@ def _check(source: Source, recipe: Recipe, extras: Extras, out: Path) -> None:
             f"the training text is of shape ({len(source)}, {source.window}); expected windows of {recipe.window} "
             "tokens, so give more text or a smaller window"
         )
+    check_length(source.target, recipe.window)
     if (out / _FINISHED).exists():
         raise ValueError(f"{out} holds a finished draft; choose another folder")
     if recipe.validate_every and not extras.prompts:

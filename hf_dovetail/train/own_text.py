@@ -38,6 +38,9 @@ class Answering:
         opening: share of a plain text that is kept, at most `longest` tokens of it; the target writes the rest. A text
             that is longer than the rest can be is cut into pieces first (`answerable`).
         longest: tokens of a prompt, counted from its end for conversations; longer ones are cut.
+
+    Raises:
+        ValueError: if the length or the temperature is out of range.
     """
 
     max_new_tokens: int = 256
@@ -46,6 +49,13 @@ class Answering:
     batch: int = 16
     opening: float = 0.25
     longest: int = 512
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.temperature < 0:
+            raise ValueError(
+                f"answers of {self.max_new_tokens} tokens at temperature {self.temperature}; expected at least 1 token "
+                "and a temperature of at least 0"
+            )
 
 
 @torch.no_grad()
