@@ -5,10 +5,12 @@ Knows the draft network and its target's files; never loads the target.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .config import DovetailConfig, describe_head, describe_target, public_name
 from .formats import FORMATS, read_config, read_tensors
@@ -27,7 +29,7 @@ def convert_draft(source: str, out: Path, target: str | None = None) -> str:
 
     Raises:
         ValueError: if `out` holds a model, the source is a draft of this package, or the draft does not fit the target.
-        OSError: if files are missing or damaged.
+        OSError: if files are missing or damaged, or the result cannot be written.
     """
     out = Path(out)
     if (out / "config.json").exists():
@@ -35,13 +37,35 @@ def convert_draft(source: str, out: Path, target: str | None = None) -> str:
     if read_config(source, {}).get("model_type") == DovetailConfig.model_type:
         raise ValueError(f"{source} is a draft of this package; there is nothing to convert")
     draft = DovetailAssistantModel.from_pretrained(source)
+    tokenizer = None
     if target is not None:
         _settle(draft, AutoConfig.from_pretrained(target), target)
-        AutoTokenizer.from_pretrained(target).save_pretrained(out)
-    draft.save_pretrained(out)
+        tokenizer = AutoTokenizer.from_pretrained(target)
     summary = _summary(draft.config)
-    (out / "README.md").write_text(_card(draft.config, summary, public_name(source)), encoding="utf-8")
+    _write(draft, tokenizer, _card(draft.config, summary, public_name(source)), out)
     return summary
+
+
+def _write(draft: DovetailAssistantModel, tokenizer: PreTrainedTokenizerBase | None, card: str, out: Path) -> None:
+    """Write everything beside `out`, then move it there, the configuration last: where that is, all is there.
+
+    Raises:
+        OSError: if it cannot be written; `out` is as it was.
+    """
+    fresh = out.with_name(f"{out.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(fresh)
+        draft.save_pretrained(fresh)
+        (fresh / "README.md").write_text(card, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise OSError(f"could not write the draft to {out} ({error}); free some space and convert again") from error
+    out.mkdir(exist_ok=True)
+    for path in sorted(fresh.iterdir(), key=lambda path: path.name == "config.json"):
+        path.replace(out / path.name)
+    fresh.rmdir()
 
 
 def _settle(draft: DovetailAssistantModel, target: PreTrainedConfig, name: str) -> None:

@@ -107,13 +107,13 @@ def _load_target(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTra
     return AutoModelForCausalLM.from_pretrained(arguments.target, dtype="auto"), tokenizer
 
 
-def _windows(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, data: list, window: int) -> Windows:
+def _windows(tokenizer: PreTrainedTokenizerBase, data: list, window: int, strict: bool) -> Windows:
     """The data as windows; says what was skipped."""
     from .train import Skipped, load_windows
 
     if not data:
         raise ValueError("give the training data with --data")
-    skipped = Skipped(arguments.strict)
+    skipped = Skipped(strict)
     windows = load_windows(data, tokenizer, window, skipped)
     _say(skipped)
     return windows
@@ -128,12 +128,12 @@ def _regenerated(
     arguments: argparse.Namespace, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> list[Path]:
     """The data with the target's own answers, as files in the draft's folder."""
-    from .train import Answering, Skipped, read_records, regenerate
+    from .train import Answering, Skipped, answerable, regenerate
 
     skipped = Skipped(arguments.strict)
-    records = [record for source in arguments.data for record in read_records(source, skipped)]
-    _say(skipped)
     how = Answering(arguments.answer_tokens, arguments.answer_temperature, seed)
+    records = list(answerable(arguments.data, tokenizer, how, skipped))
+    _say(skipped)
     return regenerate(target, tokenizer, records, how, arguments.out / "answers")
 
 
@@ -146,22 +146,29 @@ def _train(arguments: argparse.Namespace) -> None:
 
     if arguments.features is None:
         target, tokenizer = _load_target(arguments)
-        recipe, data = _recipe(arguments, target), list(arguments.data)
+        recipe, data, strict = _recipe(arguments, target), list(arguments.data), arguments.strict
         if arguments.regenerate:
-            data = _regenerated(arguments, target, tokenizer, recipe.seed)
-        text = _windows(arguments, tokenizer, data, recipe.window)
+            data, strict = _regenerated(arguments, target, tokenizer, recipe.seed), False  # an answer may be empty
+        text, names = _windows(tokenizer, data, recipe.window, strict), _names(arguments)
     else:
         target, tokenizer, text = _stored(arguments)
-        recipe = _recipe(arguments, target)
+        recipe, names = _recipe(arguments, target), text.facts.get("data", [])
     text, prompts = _prompts(arguments, recipe, tokenizer, text)
-    extras = Extras(
-        tokenizer, prompts, log_with=arguments.log_with, data=list(map(str, arguments.data)), dtype=target.dtype
-    )
+    extras = Extras(tokenizer, prompts, log_with=arguments.log_with, data=names, dtype=target.dtype)
     torch.manual_seed(recipe.seed)
     draft = DovetailAssistantModel.from_target(target, arguments.blocks, arguments.fusion).float()
     train_draft(draft, target, text, recipe, arguments.out, extras=extras)
     if this_process().is_main_process:
         print(f"the draft is in {arguments.out}")
+
+
+def _names(arguments: argparse.Namespace) -> list[str]:
+    """What the card calls the data: of files the last part, since the rest belongs to this machine."""
+    names = [Path(name).name if os.path.exists(name) else name for name in arguments.data]
+    if not getattr(arguments, "regenerate", False):
+        return names
+    sampled = f"sampled at temperature {arguments.answer_temperature}" if arguments.answer_temperature else "greedy"
+    return [*names, f"with the target's own answers ({sampled})"]
 
 
 def _stored(arguments: argparse.Namespace) -> tuple:
@@ -179,15 +186,19 @@ def _stored(arguments: argparse.Namespace) -> tuple:
 
 def _prompts(arguments: argparse.Namespace, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, text: Any) -> tuple:
     """The text that is left to train on, and the prompts of validation."""
-    from .train import hold_out, load_prompts
+    from .train import Skipped, hold_out, load_prompts
 
     if not recipe.validate_every:
         return text, []
+    if arguments.validation_prompts < 1:
+        raise ValueError(f"--validation-prompts is {arguments.validation_prompts}; expected at least 1")
     if arguments.features is not None and not arguments.target:
         raise ValueError("validation decodes with the target itself: give --target, or leave out --validate-every")
     if arguments.validate_on:
-        longest = recipe.window // 2
-        return text, load_prompts(arguments.validate_on, tokenizer, arguments.validation_prompts, longest)
+        skipped, count, longest = Skipped(arguments.strict), arguments.validation_prompts, recipe.window // 2
+        prompts = load_prompts(arguments.validate_on, tokenizer, count, longest, skipped)
+        _say(skipped)
+        return text, prompts
     if arguments.features is not None:
         raise ValueError("captured features have no text to hold out: give prompts with --validate-on")
     return hold_out(text, arguments.validation_prompts)
@@ -199,9 +210,10 @@ def _capture(arguments: argparse.Namespace) -> None:
     from .train.processes import this_process
 
     target, tokenizer = _load_target(arguments)
-    windows = _windows(arguments, tokenizer, list(arguments.data), arguments.window)
+    windows = _windows(tokenizer, list(arguments.data), arguments.window, arguments.strict)
     layers = DovetailConfig.for_target(target.config, 1, arguments.fusion).feature_layers
-    capture_features(target, windows, arguments.out, batch=arguments.batch, layers=layers)
+    names = _names(arguments)
+    capture_features(target, windows, arguments.out, batch=arguments.batch, layers=layers, data=names)
     if this_process().is_main_process:
         tokenizer.save_pretrained(arguments.out)
         print(f"the features of {len(windows):,} windows are in {arguments.out}")

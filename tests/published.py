@@ -197,7 +197,13 @@ CASES = {
     "eagle-vicuna": Case("eagle", VICUNA, options=("bias", "embeddings"), file="bin"),
     "eagle-llama3": Case("eagle", LLAMA_3, extra={"bias": False}, file="bin"),
     "eagle-qwen2": Case("eagle", QWEN_2, extra={"bias": True, "qkv_bias": True}, options=("bias",), family="qwen2"),
-    "eagle3": Case("eagle3", Geometry(kv_heads=2), extra={"draft_vocab_size": 40}, file="bin", layers=(2, 4, 5)),
+    "eagle3": Case(
+        "eagle3",
+        Geometry(kv_heads=2),
+        extra={"draft_vocab_size": 40, "num_hidden_layers": 40},  # as EAGLE3-Vicuna1.3-13B says of its one block
+        file="bin",
+        layers=(2, 4, 5),
+    ),
     "eagle3-qwen3": Case(
         "eagle3",
         QWEN_3,

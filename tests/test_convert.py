@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,25 @@ def test_a_language_model_is_wrapped(tmp_path: Path) -> None:
     draft = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert draft.config.fusion == "none"
     assert torch.equal(draft.lm.lm_head.weight, lm.lm_head.weight)
+
+
+def test_a_full_disk_leaves_no_half_of_a_draft(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A limit on the size of files stands for the full disk; the same command works afterwards."""
+    source, out = folders(tmp_path)
+    command = ["convert", str(CASES["dgf"].write(source)), str(out)]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        assert main(command) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert f"could not write the draft to {out} (" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    out.mkdir()
+    (out / "mine.txt").write_text("kept")
+    assert main(command) == 0
+    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "README.md", "mine.txt"}
+    DovetailAssistantModel.from_pretrained(out)
 
 
 def test_what_cannot_be_converted_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

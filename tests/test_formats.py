@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from hf_dovetail import DovetailAssistantModel, DovetailCandidateGenerator, TreeShape, prepare_target, register
 from hf_dovetail.calibrate import calibrate
 from hf_dovetail.draft import DraftSession
-from hf_dovetail.formats import recognise
+from hf_dovetail.formats import read_tensors, recognise
 from hf_dovetail.plugin import SHARPEST
 from hf_dovetail.target import FeatureTap
 from hf_dovetail.tree import DraftTree
@@ -272,6 +272,22 @@ def test_a_nested_geometry_is_the_same_draft() -> None:
     assert recognise(case.config(), {"model.layers.0.input_layernorm.weight": (32,)}, "a language model") is None
 
 
+def test_model_optimizers_names_are_the_same_draft() -> None:
+    """Guards NVIDIA's EAGLE-3: speculators' names without `t2d`, under a flat configuration."""
+    case = CASES["eagle3"]
+    tensors, config = case.tensors(), {**case.config(), "num_hidden_layers": 1}
+    renamed = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items() if name != "t2d"}
+    stated = {**config, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [], "use_aux_hidden_state": True}}
+    ours, theirs = (
+        recognise(said, {name: tuple(tensor.shape) for name, tensor in held.items()}, "a draft")
+        for said, held in ((config, tensors), (stated, renamed))
+    )
+    assert theirs.config.to_dict() == ours.config.to_dict()
+    first, second = ours.state(tensors), theirs.state(renamed)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_new_drafts_start_by_passing_the_feature_on() -> None:
     target = tiny.build("llama", num_hidden_layers=8)
     for fusion, width in (("eagle", 64), ("eagle3", 96)):
@@ -345,9 +361,14 @@ def put(name: str, value: Tensor) -> Any:
         ("eagle3", without("d2t"), r"d2t is missing: it draws on 40 of the target's 101"),
         ("eagle3", put("d2t", torch.zeros(DRAFT_VOCAB, dtype=torch.long)), "d2t and t2d name different tokens"),
         ("eagle3", put("d2t", torch.full((DRAFT_VOCAB,), 90)), "d2t names 40 tokens between 90 and 129"),
+        (
+            "eagle3",
+            lambda tensors, config: tensors.update(t2d=tensors["t2d"][:-1]),
+            "t2d has 100 entries for 101 tokens",
+        ),
         ("eagle3", changed(draft_vocab_size=41), "says draft_vocab_size 41, lm_head has 40 rows"),
         ("eagle3", changed(rope_scaling={"rope_type": "longrope", "factor": 2.0}), "RoPE is of type 'longrope'"),
-        ("eagle3", changed(num_hidden_layers=2), "num_hidden_layers 2, its tensors are those of 1"),
+        ("eagle-vicuna", changed(num_hidden_layers=2), "num_hidden_layers 2, its tensors are those of 1"),
         ("eagle3", changed(eagle_config={"use_aux_hidden_state": False}), "use_aux_hidden_state false"),
         ("eagle3", changed(hidden_size=64), r"fusion.fc.weight has shape \(32, 96\), expected \(64, 192\)"),
         ("eagle3", changed(target_hidden_size=48), "a draft of another width needs embeddings of its own"),
@@ -407,6 +428,10 @@ def test_pickles_that_run_code_are_not_loaded(tmp_path: Path) -> None:
     (tmp_path / "config.json").unlink()
     with pytest.raises(OSError, match=r"holds no config.json; expected the folder or the name of a model"):
         DovetailAssistantModel.from_pretrained(tmp_path)
+    for content in ("{", "{}", "[]"):
+        (tmp_path / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(OSError, match=r"model.safetensors.index.json is no index of weights"):
+            read_tensors(str(tmp_path), {})
     config = {"model_type": "vit"}
     CASES["dgf"].write(tmp_path, {"x": torch.zeros(1)}, config)
     with pytest.raises(ValueError, match=r"is no draft: its model_type is 'vit'.*EAGLE-3"):

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from training import Interrupting
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
 from hf_dovetail.demo import pair_path
 from hf_dovetail.draft import DraftSession
 from hf_dovetail.recipe import Recipe
-from hf_dovetail.train import capture, continue_stream, draft_loss, read_texts, token_stream, train_draft
+from hf_dovetail.train import Windows, capture, continue_stream, draft_loss, read_texts, token_stream, train_draft
 
 RECIPE = Recipe(steps=30, batch=8, window=64, learning_rate=3e-3, warmup=5, distribution_weight=1.0, save_every=10)
 
@@ -68,30 +69,13 @@ def test_training_learns_and_the_draft_is_accepted(target, tokenizer, windows, t
 def test_a_run_that_was_interrupted_ends_as_if_it_was_not(target, windows, tmp_path: Path) -> None:
     """Order of the data, noise, optimizer and rate all continue; a restart would end elsewhere."""
     whole = train_draft(new_draft(target), target, windows, RECIPE, tmp_path / "whole")
-    stops = windows.clone()
     with pytest.raises(KeyboardInterrupt):
-        train_draft(new_draft(target), _StopsAfter(target, 15), stops, RECIPE, tmp_path / "cut")
-    resumed = train_draft(new_draft(target), target, stops, RECIPE, tmp_path / "cut")
+        train_draft(new_draft(target), target, Interrupting(Windows(windows), 15), RECIPE, tmp_path / "cut")
+    resumed = train_draft(new_draft(target), target, windows, RECIPE, tmp_path / "cut")
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
-    restarted = train_draft(new_draft(target), target, stops, replace(RECIPE, steps=20), tmp_path / "restarted")
+    restarted = train_draft(new_draft(target), target, windows, replace(RECIPE, steps=20), tmp_path / "restarted")
     assert not torch.equal(whole.fusion.W_1, restarted.fusion.W_1)
-
-
-class _StopsAfter(torch.nn.Module):
-    """The target, until its `count`-th forward pass raises as Ctrl-C does."""
-
-    def __init__(self, target, count: int) -> None:
-        super().__init__()
-        self.inner, self.left, self.config, self.dtype = target, count, target.config, target.dtype
-        for name in ("get_decoder", "get_input_embeddings", "get_output_embeddings"):
-            setattr(self, name, getattr(target, name))
-
-    def forward(self, **inputs):
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-        return self.inner(**inputs)
 
 
 def test_unrolled_steps_compute_what_a_tree_computes(target, windows) -> None:
@@ -147,7 +131,7 @@ def test_bad_training_input(target, windows, tmp_path: Path) -> None:
     broken = new_draft(target)
     broken.meet(target)
     torch.nn.init.constant_(broken.fusion.W_1, float("nan"))
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 0"):
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 1"):
         train_draft(broken, target, windows, RECIPE, tmp_path)
     empty, malformed = tmp_path / "empty.txt", tmp_path / "lines.jsonl"
     empty.write_text("")
@@ -159,7 +143,7 @@ def test_bad_training_input(target, windows, tmp_path: Path) -> None:
 
 
 def test_a_folder_of_another_run_is_not_touched(target, windows, tmp_path: Path) -> None:
-    """Guards a silent resume: a finished draft, or a checkpoint with another recipe, text or number of blocks."""
+    """Guards a silent resume: a finished draft, or a checkpoint with another recipe, text, draft or target."""
     few = replace(RECIPE, steps=2, save_every=1)
     train_draft(new_draft(target), target, windows, few, tmp_path / "done")
     weights = (tmp_path / "done" / "model.safetensors").read_bytes()
@@ -169,12 +153,16 @@ def test_a_folder_of_another_run_is_not_touched(target, windows, tmp_path: Path)
     assert (tmp_path / "done" / "model.safetensors").read_bytes() == weights
     cut = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
-        train_draft(new_draft(target), _StopsAfter(target, 1), windows, few, cut)
+        train_draft(new_draft(target), target, Interrupting(Windows(windows), 1), few, cut)
     other = DovetailAssistantModel.from_target(target, num_hidden_layers=2)
+    tuned = AutoModelForCausalLM.from_pretrained(pair_path("target"), dtype=torch.float32)
+    torch.nn.init.ones_(tuned.model.layers[2].input_layernorm.weight)
     for name, arguments in (
         ("recipe", (new_draft(target), target, windows, replace(few, learning_rate=0.5))),
         ("draft", (other, target, windows, few)),
         ("text", (new_draft(target), target, windows[:-1], few)),
+        ("text", (new_draft(target), target, windows.flip(0), few)),  # as many tokens, and the same ones
+        ("target", (new_draft(target), tuned, windows, few)),
     ):
         with pytest.raises(ValueError, match=f"belongs to another run: its {name} is"):
             train_draft(*arguments, cut)
@@ -193,7 +181,7 @@ def test_training_leaves_the_target_as_it_was(windows, tmp_path: Path) -> None:
 def test_jsonl_is_read_line_by_line(tmp_path: Path) -> None:
     """Guards `str.splitlines`, which also splits at characters that JSON leaves in its strings."""
     path = tmp_path / "text.jsonl"
-    path.write_text(json.dumps({"text": "one\u2028two\u0085"}, ensure_ascii=False) + "\n\n" + '{"text": "three"}\n')
+    path.write_text(json.dumps({"text": "one\u2028two\u0085"}, ensure_ascii=False) + "\n" + '{"text": "three"}\n')
     assert read_texts([path]) == ["one\u2028two\u0085", "three"]
     path.write_text('{"text": 3}\n')
     with pytest.raises(ValueError, match=r"line 1: .* expected a string"):

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_dovetail import DovetailAssistantModel
 from hf_dovetail.cli import main
 from hf_dovetail.demo import pair_path
-from hf_dovetail.train import Answering, Skipped, load_windows, read_records, regenerate
+from hf_dovetail.train import Answering, Skipped, answerable, load_prompts, load_windows, read_records, regenerate
 from hf_dovetail.train.records import Record
 
+ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = (
     "{% for m in messages %}# {{ m['role'] }}\n{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}# assistant\n{% endif %}"
@@ -98,8 +99,42 @@ def test_a_killed_run_makes_only_the_missing_files(target, tokenizer, tmp_path: 
         regenerate(target, tokenizer, RECORDS, replace(how, seed=4), tmp_path)
     with pytest.raises(ValueError, match="its records is 5, this run's is 4"):
         regenerate(target, tokenizer, RECORDS[:4], how, tmp_path)
+    swapped = [replace(RECORDS[3], text=RECORDS[3].text.replace("3", "4")), *RECORDS[1:3], RECORDS[0], RECORDS[4]]
+    with pytest.raises(ValueError, match="its text is"):
+        regenerate(target, tokenizer, swapped, how, tmp_path)
+    tokenizer.chat_template = TEMPLATE.replace("# ", "## ")
+    try:
+        with pytest.raises(ValueError, match="its chat_template is"):
+            regenerate(target, tokenizer, RECORDS, how, tmp_path)
+    finally:
+        tokenizer.chat_template = TEMPLATE
     other = regenerate(target, tokenizer, RECORDS, replace(how, seed=4), tmp_path / "other")
     assert [path.read_text() for path in other] != before
+
+
+def test_all_of_the_data_is_answered_and_what_cannot_be_is_named(tokenizer, tmp_path: Path) -> None:
+    """Guards a long text of which one answer would be left, and a template's error in the middle of answering."""
+    source, chats = ROOT / "hf_dovetail" / "tree.py", tmp_path / "chats.jsonl"
+    pieces = list(answerable([source], tokenizer, Answering(max_new_tokens=90), Skipped(strict=True)))
+    assert "".join(piece.text for piece in pieces) == source.read_text()
+    assert {len(tokenizer(piece.text).input_ids) for piece in pieces[:-1]} <= set(range(110, 125))
+    system = {"role": "system", "content": "be short"}
+    turns = [list(RECORDS[0].messages), [system, *RECORDS[0].messages]]
+    chats.write_text("".join(json.dumps({"messages": each}) + "\n" for each in turns))
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    )
+    try:
+        skipped = Skipped()
+        (usable,) = answerable([chats], tokenizer, HOW, skipped)
+        assert usable.messages == RECORDS[0].messages
+        assert skipped.first == [f"{chats}, line 2: the chat template refuses this conversation: no system"]
+        assert len(load_prompts(chats, tokenizer, 5, 20, skipped)) == 1
+        assert skipped.count == 2
+        with pytest.raises(ValueError, match=r"chats.jsonl, line 2: the chat template refuses"):
+            load_prompts(chats, tokenizer, 5, 20, Skipped(strict=True))
+    finally:
+        tokenizer.chat_template = TEMPLATE
 
 
 def test_no_records_are_refused(target, tokenizer, tmp_path: Path) -> None:
@@ -130,6 +165,7 @@ def test_train_from_data_with_its_own_answers_and_validation(tmp_path: Path, cap
     assert (out / "answers" / "answers-00000.jsonl").exists()
     draft = DovetailAssistantModel.from_pretrained(out)
     assert draft.dtype == torch.bfloat16
+    assert "| data | data.jsonl, with the target's own answers (greedy) |" in (out / "README.md").read_text()
     assert main(command) == 2
     assert "holds a finished draft" in capsys.readouterr().err
 
@@ -147,28 +183,33 @@ def test_train_from_captured_features_without_the_target(tmp_path: Path, capsys)
     recipe = json.loads((out / "recipe.json").read_text())
     assert (recipe["learning_rate"], recipe["steps"], recipe["unroll"], recipe["noise"]) == (3e-5, 2, 2, 0.0)
     assert AutoTokenizer.from_pretrained(out).vocab_size == 4096
+    card = (out / "README.md").read_text()
+    assert "| data | data.jsonl |" in card
+    assert "LM head of its own, embeddings are the target's" in card
+    text = ["--data", str(ROOT / "hf_dovetail" / "plugin.py")]
     for options, said in (
         (["--features", features, "--validate-every", "1"], "give --target"),
         (["--features", features, "--data", "x"], "holds the text already"),
         (["--features", features, *COMMON, "--validate-every", "1"], "give prompts with --validate-on"),
         (COMMON, "give the training data with --data"),
+        ([*COMMON, *text, "--window", "1025"], "windows have 1025 tokens, the target has 1024 positions"),
+        ([*COMMON, *text, "--validate-every", "1", "--validation-prompts", "0"], "--validation-prompts is 0"),
+        ([*COMMON, *text, "--regenerate", "--answer-temperature", "-1"], "at temperature -1.0; expected"),
         (["--data", "x"], "give the target with --target"),
     ):
-        assert main(["train", *options, "--out", str(tmp_path / "none"), *SHORT]) == 2
+        assert main(["train", *SHORT, *options, "--out", str(tmp_path / "none")]) == 2
         assert said in capsys.readouterr().err
 
 
 def test_validation_prompts_of_their_own(tmp_path: Path, tokenizer) -> None:
-    from hf_dovetail.train import load_prompts
-
     path = tmp_path / "prompts.jsonl"
     messages = [{"role": "user", "content": "import os"}, {"role": "assistant", "content": "os.sep"}]
     path.write_text(json.dumps({"messages": messages}) + "\n" + json.dumps({"text": "def f(x):\n" * 9}) + "\n")
-    chatted, text = load_prompts(path, tokenizer, 5, longest=20)
+    chatted, text = load_prompts(path, tokenizer, 5, 20, Skipped())
     assert tokenizer.decode(chatted[0]) == "# user\nimport os\n# assistant\n"
     assert text.shape == (1, 20)
-    assert len(load_prompts(path, tokenizer, 1, longest=20)) == 1
+    assert len(load_prompts(path, tokenizer, 1, 20, Skipped())) == 1
     path.write_text("\n")
     with pytest.raises(ValueError, match="holds no prompt"):
-        load_prompts(path, tokenizer, 5, longest=20)
+        load_prompts(path, tokenizer, 5, 20, Skipped())
     assert [r.where for r in read_records(path, Skipped())] == []

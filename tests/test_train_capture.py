@@ -198,6 +198,15 @@ def test_another_target_or_text_is_refused(target, windows, captured: Path) -> N
     StoredFeatures(captured, half)  # precision makes no other target
 
 
+def test_numbers_out_of_range_are_refused(target, windows, tmp_path: Path) -> None:
+    long = Windows(torch.zeros(1, 1025, dtype=torch.int32))
+    with pytest.raises(ValueError, match="windows have 1025 tokens, the target has 1024 positions"):
+        capture_features(target, long, tmp_path / "long")
+    with pytest.raises(ValueError, match="batch is 0 and shard_windows 256; expected at least 1"):
+        capture_features(target, windows, tmp_path / "none", batch=0)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_empty_folder_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no captured features; make them with hf-dovetail capture"):
         StoredFeatures(tmp_path)

@@ -60,6 +60,15 @@ def test_a_turn_that_the_template_rewrites_does_not_count_where_it_is_not(tokeni
     assert "hm" not in text
 
 
+def test_a_turn_counts_whatever_the_template_puts_before_the_last_one(tokenizer) -> None:
+    """Guards Qwen 3, which writes empty reasoning before the last answer alone: no other turn would be learned."""
+    tokenizer.chat_template = TEMPLATE.replace(
+        "{{ m['content'] }}", "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m['content'] }}"
+    )
+    text, spans = render_chat(tokenizer, CHAT)
+    assert [text[a:b] for a, b in spans] == ["zero<end>", "<think></think>one, of course<end>"]
+
+
 def test_a_completion_counts_and_its_prompt_does_not(tokenizer, tmp_path: Path) -> None:
     path = lines(tmp_path / "d.jsonl", {"prompt": "def f(x):\n", "completion": "    return x\n"})
     encoded = encode(tokenizer, next(read_records(path, Skipped(strict=True))))
@@ -81,6 +90,11 @@ def test_every_form_is_read(tmp_path: Path) -> None:
     ("line", "why"),
     [
         ("{", r"line 2: not JSON"),
+        (" ", r"line 2: the line is empty"),
+        ("[" * 100_000, r"line 2: not JSON"),  # a RecursionError
+        ('{"text": ' + "1" * 5000 + "}", r"line 2: not JSON"),  # a ValueError that is no JSONDecodeError
+        (r'{"text": "half a \ud800 pair"}', r"line 2: \"text\" holds half of a surrogate pair"),
+        (r'{"messages": [{"role": "assistant", "content": "\ud800"}]}', r"line 2: \"content\" holds half"),
         ("[1]", r"line 2: expected an object with \"text\", .*found \[1\]"),
         ('{"body": "b"}', r"line 2: .*found the keys body"),
         ('{"text": ""}', r"line 2: \"text\" is empty"),
@@ -108,17 +122,49 @@ def test_bytes_that_are_no_text_and_templates_that_refuse_are_skipped_too(tokeni
     skipped = Skipped()
     assert len(load_windows([path], tokenizer, 8, skipped)) > 1
     assert "line 2" in skipped.first[0]
-    assert "line 4: the chat template refuses this conversation: roles must alternate" in skipped.first[1]
+    assert "line 3: the line is empty" in skipped.first[1]
+    assert "line 4: the chat template refuses this conversation: roles must alternate" in skipped.first[2]
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="line 4: the tokenizer has no chat template"):
-        load_windows([lines(path, "", "", "", {"messages": CHAT})], tokenizer, 8, Skipped(strict=True))
+    with pytest.raises(ValueError, match="line 2: the tokenizer has no chat template"):
+        load_windows([lines(path, {"text": "ok"}, {"messages": CHAT})], tokenizer, 8, Skipped(strict=True))
 
 
 def test_nothing_usable_says_why(tokenizer, tmp_path: Path) -> None:
-    empty = tmp_path / "empty.txt"
-    empty.write_text(" \n")
-    with pytest.raises(ValueError, match=r"0 tokens; expected at least one window of 8 \(1 records.*the file is empty"):
-        load_windows([empty], tokenizer, 8, Skipped())
+    for name in ("empty.txt", "empty.jsonl"):
+        (tmp_path / name).write_text(" \n" if name == "empty.txt" else "")
+        with pytest.raises(
+            ValueError, match=rf"0 tokens; expected .* window of 8 \(1 records.*{name}: the file is empty"
+        ):
+            load_windows([tmp_path / name], tokenizer, 8, Skipped())
+
+
+def test_a_mark_of_byte_order_is_no_text(tokenizer, tmp_path: Path) -> None:
+    """Guards files written on Windows: a lost first record, or a character that no target writes."""
+    for name, content in (
+        ("d.jsonl", '{"text": "one"}\r\n{"text": "two"}\r\n'),
+        ("d.txt", "one"),
+        ("d.json", '[{"text": "one"}]'),
+    ):
+        (tmp_path / name).write_bytes(content.encode("utf-8-sig"))
+        found = list(read_records(tmp_path / name, Skipped(strict=True)))
+        assert [record.text for record in found] == ["one", "two"][: len(found)]
+        assert len(found) == (2 if name == "d.jsonl" else 1)
+
+
+def test_an_array_of_records_is_read(tmp_path: Path) -> None:
+    """Guards ShareGPT's own file, which as one plain text would teach a draft to write JSON."""
+    path, skipped = tmp_path / "sharegpt.json", Skipped()
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    path.write_text(json.dumps([{"id": 1, "conversations": turns}, {"id": 2}, {"text": "c"}], indent=1))
+    chat, text = read_records(path, skipped)
+    assert (chat.messages[1]["content"], text.text) == ("b", "c")
+    assert skipped.first == [f"{path}, record 2: {skipped.first[0].split(': ', 1)[1]}"]
+    for content in ('{"text": "a"}', '{"text": "a"}\n{"text": "b"}', "[" * 100_000):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"sharegpt.json is no array of records .*\.jsonl file"):
+            list(read_records(path, Skipped()))
+    path.write_text("[]")
+    assert (list(read_records(path, skipped)), skipped.count) == ([], 2)
 
 
 def test_windows_without_a_token_that_counts_are_left_out() -> None:
@@ -161,6 +207,10 @@ def test_a_saved_data_set_is_read(tokenizer, tmp_path: Path) -> None:
     assert next(read_records(f"{tmp_path / 'split'}:test", Skipped())).text == texts[0]
     with pytest.raises(ValueError, match="neither a file nor a data set"):
         next(read_records(tmp_path / "split", Skipped()))
+    (tmp_path / "folder").mkdir()
+    lines(tmp_path / "folder" / "d.jsonl", "{not json")
+    with pytest.raises(ValueError, match="neither a file nor a data set"):
+        next(read_records(tmp_path / "folder", Skipped()))
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

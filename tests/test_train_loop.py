@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from hf_dovetail.recipe import PAPER, Recipe, default_recipe
 from hf_dovetail.train import Extras, Windows, hold_out, train_draft, validate
 from hf_dovetail.train.checkpoints import Progress
 from hf_dovetail.train.losses import distribution_distances
+from hf_dovetail.train.tracking import CsvTracker
 
 
 @pytest.fixture(scope="module")
@@ -96,18 +99,52 @@ def test_a_full_disk_leaves_the_last_checkpoint(target, windows, tmp_path: Path)
     recipe, out = replace(RECIPE, save_every=1), tmp_path / "full"
     with pytest.raises(KeyboardInterrupt):
         train_draft(new_draft(target), target, Interrupting(windows, 4), recipe, out)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, before[1]))
-    try:
-        with pytest.raises(OSError, match=r"could not write a checkpoint to .*finished before is intact"):
-            train_draft(new_draft(target), target, windows, recipe, out)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with no_file_beyond(500_000), pytest.raises(OSError, match=r"could not write a checkpoint to .*before is intact"):
+        train_draft(new_draft(target), target, windows, recipe, out)
     assert (out / "checkpoint" / "run.json").exists()
     assert not (out / "checkpoint.new").exists()
     train_draft(new_draft(target), target, Interrupting(windows, 4), recipe, out)
     train_draft(new_draft(target), target, windows, recipe, tmp_path / "whole")
     assert losses(out) == losses(tmp_path / "whole")
+
+
+def test_whatever_cannot_be_written_is_named_and_the_run_goes_on(target, windows, tmp_path: Path) -> None:
+    """A line of figures, cut off in its middle, and the finished draft: the error says what, and nothing is lost."""
+    recipe, out = replace(RECIPE, save_every=2), tmp_path / "full"
+    with pytest.raises(KeyboardInterrupt):
+        train_draft(new_draft(target), target, Interrupting(windows, 3), recipe, out)
+    with (out / "metrics.csv").open("a") as file:
+        file.write("1")  # of a number of two digits
+    before, csv = (out / "metrics.csv").read_text(), CsvTracker(out / "metrics.csv")
+    with no_file_beyond(60), pytest.raises(OSError, match=r"could not write the figures of all steps to .*metrics.csv"):
+        csv.keep_until(2)
+    assert (out / "metrics.csv").read_text() == before
+    with pytest.raises(OSError, match=r"could not write the figures of a step to /dev/full .*No space left"):
+        CsvTracker(Path("/dev/full")).log({"loss": 1.0}, step=3)
+    with pytest.raises(OSError, match=r"could not write the finished draft to .*full .*run the same command again"):
+        train_draft(new_draft(target), target, windows, recipe, out, extras=Extras(_Unsaved()))
+    assert not (out / "recipe.json").exists()
+    train_draft(new_draft(target), target, windows, recipe, out)
+    train_draft(new_draft(target), target, windows, recipe, tmp_path / "whole")
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+class _Unsaved:
+    """A tokenizer whose files do not fit on the disk."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+
+@contextmanager
+def no_file_beyond(size: int) -> Iterator[None]:
+    """A limit on the size of files stands for the full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_validation_decodes_keeps_the_best_and_stops_early(target, windows, tmp_path: Path) -> None:

@@ -59,12 +59,20 @@ def read_tensors(
             continue
         if not name.endswith(".json"):
             return _read(Path(path), wanted)
-        places = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"]
+        places = _places(Path(path))
         tensors: dict[str, Tensor] = {}
         for part in sorted({part for tensor, part in places.items() if wanted(tensor)}):
             tensors |= _read(Path(cached_file(source, part, **options)), wanted)
         return tensors
     raise OSError(f"{source} holds no weights; expected one of {', '.join(_FILES)}")
+
+
+def _places(index: Path) -> dict[str, str]:
+    """Which file holds which tensor."""
+    try:
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise OSError(f"{index} is no index of weights ({error!r}); copy or download it again") from error
 
 
 def _read(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:

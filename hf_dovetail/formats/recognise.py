@@ -107,10 +107,10 @@ def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _blocks(found: Format, stated: Mapping[str, Any], plain: Shapes, source: str) -> int:
-    """How many decoder blocks it has: as many as are there, and no other number may be stated."""
+    """How many decoder blocks it has: as many as are there; where the number is stated it must be the same."""
     numbers = {int(match[1]) for name in plain if (match := re.match(r"layers\.(\d+)\.", name))}
     count = max(numbers, default=0) + 1
-    if stated.get("num_hidden_layers", count) != count:
+    if found.states_blocks and stated.get("num_hidden_layers", count) != count:
         raise ValueError(
             f"{source} looks like {found.name}: its configuration says num_hidden_layers "
             f"{stated['num_hidden_layers']}, its tensors are those of {count}"
@@ -261,6 +261,9 @@ def _vocabulary(d2t: Tensor, t2d: Tensor | None, config: DovetailConfig) -> Tens
             f"d2t names {len(ids.unique())} tokens between {int(ids.min())} and {int(ids.max())}; expected {size} "
             f"different ones below the target's {vocab_size} (token i of the draft is i + d2t[i])"
         )
-    if t2d is not None and not torch.equal(t2d.nonzero().flatten(), ids.sort().values):
-        raise ValueError("d2t and t2d name different tokens of the target; the checkpoint is damaged")
+    if t2d is not None and (len(t2d) != vocab_size or not torch.equal(t2d.nonzero().flatten(), ids.sort().values)):
+        raise ValueError(
+            f"d2t and t2d name different tokens of the target (t2d has {len(t2d)} entries for {vocab_size} tokens); "
+            "the checkpoint is damaged"
+        )
     return ids

@@ -32,6 +32,7 @@ class Format:
         keys: tensors outside the blocks.
         first: names of the first block's tensors begin with this, those of block i with `layers.{i}.`.
         first_norms: norms at the first block's entrance.
+        states_blocks: whether its code builds as many blocks as the configuration says; otherwise that number is any.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Format:
     keys: tuple[Key, ...]
     first: str = "layers.0."
     first_norms: tuple[str, ...] = ()
+    states_blocks: bool = True
 
 
 _EMBEDDINGS = Key("embed_tokens.weight", "embed_tokens.weight", needed=False)
@@ -93,6 +95,7 @@ FORMATS = (
         keys=_EAGLE3_KEYS,
         first="midlayer.",
         first_norms=_PAIR_NORMS,
+        states_blocks=False,  # `cnets.py` builds one; EAGLE3-Vicuna1.3-13B states its target's 40
     ),
     Format(
         "EAGLE-3 (speculators)",

@@ -4,7 +4,7 @@ from .capture import StoredFeatures, capture_features
 from .features import LiveFeatures, capture
 from .loop import Extras, train_draft
 from .losses import draft_loss
-from .own_text import Answering, continue_stream, regenerate
+from .own_text import Answering, answerable, continue_stream, regenerate
 from .records import Skipped, read_records
 from .text import Windows, hold_out, load_windows, pack, read_texts, token_stream
 from .validate import load_prompts, validate
@@ -16,6 +16,7 @@ __all__ = [
     "Skipped",
     "StoredFeatures",
     "Windows",
+    "answerable",
     "capture",
     "capture_features",
     "continue_stream",

@@ -26,7 +26,7 @@ from ..blocks import finish_logits
 from ..config import describe_head, describe_target
 from ..modeling import DovetailAssistantModel
 from ..weights import feature_layers
-from .features import Batch, capture, fingerprint, text_facts
+from .features import Batch, capture, check_length, fingerprint, text_facts
 from .files import check_facts, write_whole
 from .processes import this_process
 from .text import Windows
@@ -42,6 +42,7 @@ def capture_features(
     shard_windows: int = 256,
     batch: int = 8,
     layers: Sequence[int] = (-1,),
+    data: Sequence[str] = (),
 ) -> None:
     """Capture the features of all windows to `folder`; shards that are there are kept.
 
@@ -54,11 +55,16 @@ def capture_features(
         shard_windows: windows per shard. batch: windows per forward pass.
         layers: whose features are stored, as `DovetailConfig.feature_layers` numbers them; the LM head's inputs (-1)
             are added if they are not among them.
+        data: names of the training data, for the cards of drafts.
 
     Raises:
-        ValueError: if `folder` holds the features of another target, text or layers.
+        ValueError: if `folder` holds the features of another target, text or layers, or windows are too long for the
+            target, or a number is not positive.
         OSError: if a shard cannot be written; those before are kept.
     """
+    if batch < 1 or shard_windows < 1:
+        raise ValueError(f"batch is {batch} and shard_windows {shard_windows}; expected at least 1")
+    check_length(target, windows.ids.shape[1])
     state, folder, layers = this_process(), Path(folder), sorted({*layers, -1})
     facts = {
         "target": fingerprint(target),
@@ -70,7 +76,7 @@ def capture_features(
     }
     target.to(state.device).eval()
     with state.main_process_first():
-        _open_folder(target, folder, facts)
+        _open_folder(target, folder, facts, data)
     count = -(-len(windows) // shard_windows)
     mine = [i for i in range(state.process_index, count, state.num_processes) if not shard_path(folder, i).exists()]
     for index in tqdm(mine, desc="capturing features", unit="shard", disable=not state.is_main_process):
@@ -85,7 +91,7 @@ def shard_path(folder: Path, index: int) -> Path:
     return folder / f"shard-{index:05d}.safetensors"
 
 
-def _open_folder(target: PreTrainedModel, folder: Path, facts: dict[str, Any]) -> None:
+def _open_folder(target: PreTrainedModel, folder: Path, facts: dict[str, Any], data: Sequence[str]) -> None:
     """Write the manifest of a new folder, or compare it."""
     manifest = folder / MANIFEST
     if manifest.exists():
@@ -99,7 +105,8 @@ def _open_folder(target: PreTrainedModel, folder: Path, facts: dict[str, Any]) -
     tied = shared["embedding"] is shared["head"]
     tensors = {name: t.detach().cpu().contiguous() for name, t in shared.items() if not (tied and name == "head")}
     write_whole(folder / SHARED, lambda path: save_file(tensors, path), "the target's embeddings and LM head")
-    write_whole(manifest, lambda path: path.write_text(json.dumps(facts, indent=1) + "\n"), "the manifest")
+    content = json.dumps({**facts, "data": list(data)}, indent=1) + "\n"
+    write_whole(manifest, lambda path: path.write_text(content), "the manifest")
 
 
 def _shard(

@@ -44,8 +44,9 @@ def card(
     rows = {
         "target": f"{config.target_name or 'unnamed'} ({config.target_type}, hidden size {config.target_hidden_size}, "
         f"vocabulary {config.target_vocab_size})",
-        "draft": f"{config.fusion} fusion, {config.num_hidden_layers} blocks, {size / 1e6:.2f} M parameters; "
-        "embeddings and LM head are the target's",
+        "draft": f"{config.fusion} fusion, {config.num_hidden_layers} block(s), {size / 1e6:.2f} M parameters; "
+        + ("embeddings and LM head are" if draft.predicts_features else "LM head of its own, embeddings are")
+        + " the target's",
         "data": ", ".join(data) or "not named",
         "text": f"{len(source):,} windows of {source.window} tokens, {counted}",
         **figures,

@@ -71,7 +71,12 @@ class LiveFeatures:
     def __init__(self, target: PreTrainedModel, windows: Windows) -> None:
         self.target, self._ids, self.counted = target, windows.ids, windows.counted
         self.window = windows.ids.shape[1]
-        self.facts = {"text": text_facts(windows)}
+        self._text = text_facts(windows)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Of `Source`."""
+        return {"target": fingerprint(self.target), "text": self._text}
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -92,17 +97,37 @@ class LiveFeatures:
         return Batch(*(tensor.to(draft.device) for tensor in (ids, features, logits)))
 
 
+def check_length(target: PreTrainedModel, window: int) -> None:
+    """Refuse windows beyond the target's last position, where it was not trained, or cannot compute at all.
+
+    Raises:
+        ValueError: with both lengths.
+    """
+    longest = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and window > longest:
+        raise ValueError(f"windows have {window} tokens, the target has {longest} positions; choose a smaller window")
+
+
 def text_facts(windows: Windows) -> dict[str, Any]:
     """What tells one training text from another."""
-    facts = {"windows": list(windows.ids.shape), "sum": int(windows.ids.sum())}
-    return facts if windows.counted is None else {**facts, "counted": int(windows.counted.sum())}
+    digest = hashlib.sha256(windows.ids.int().contiguous().numpy())
+    facts: dict[str, Any] = {"windows": list(windows.ids.shape)}
+    if windows.counted is not None:
+        digest.update(windows.counted.contiguous().numpy())
+        facts["counted"] = int(windows.counted.sum())
+    return {**facts, "sha256": digest.hexdigest()[:16]}
 
 
 def fingerprint(target: PreTrainedModel) -> str:
-    """A hash of the target's parameters: names, shapes, and the first values of each in bfloat16."""
+    """A hash of the target's parameters: names, shapes, and the first values of each in bfloat16.
+
+    Of a parameter that accelerate has offloaded, and that therefore is not there, name and shape alone.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(target.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        if parameter.is_meta:
+            continue
         values = parameter.detach()[:1].flatten()[:256].to("cpu", torch.bfloat16)
         digest.update(values.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +32,33 @@ def write_whole(path: Path, write: Callable[[Path], object], what: str, state: P
         _remove(fresh)
     wait()
     try:
-        write(fresh)
-        wait()
-        if leads:
-            _replace(fresh, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own
+        with naming(path, what):
+            write(fresh)
+            wait()
+            if leads:
+                _replace(fresh, path)
+    except OSError:
         if leads:
             _remove(fresh)
+        raise
+    wait()
+
+
+@contextmanager
+def naming(path: Path, what: str) -> Iterator[None]:
+    """An error of writing, whichever library raises it, names what could not be written, and where.
+
+    Raises:
+        OSError: with what was wrong, the free space, and what to do.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own
         free = shutil.disk_usage(path.parent).free / 2**30
         raise OSError(
             f"could not write {what} to {path} ({error}; {free:.1f} GiB are free there); what was finished before is "
             "intact, so free some space and run the same command again"
         ) from error
-    wait()
 
 
 def _replace(fresh: Path, path: Path) -> None:

@@ -23,13 +23,16 @@ from ..modeling import DovetailAssistantModel
 from ..recipe import Recipe
 from .card import write_card
 from .checkpoints import Checkpoint, Progress, facts_of
-from .features import LiveFeatures, Source
-from .files import remove, whole, write_whole
+from .features import LiveFeatures, Source, check_length
+from .files import naming, remove, whole, write_whole
 from .processes import splits_weights, tell_batch, whole_draft
 from .steps import DraftLoss, autocast, optimizers, parts_of_step, windows_of_a_part
 from .text import Windows
 from .tracking import CsvTracker, trackers
 from .validate import validate
+
+_FINISHED = "recipe.json"
+"""Written last: where it is, the draft is finished."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ def train_draft(
         extras: validation, trackers and names for the card.
 
     Raises:
-        ValueError: if there is too little text for one window, the batch does not fall into equal parts, or `out` holds
-            a finished draft or another run.
+        ValueError: if there is too little text for one window, windows are too long for the target, the batch does not
+            fall into equal parts, or `out` holds a finished draft or another run.
         FloatingPointError: if the loss is not finite; the last checkpoint stays usable.
         OSError: if the disk is full; the last checkpoint stays usable.
     """
@@ -145,7 +148,8 @@ def _check(source: Source, recipe: Recipe, extras: Extras, out: Path) -> None:
             f"the training text is of shape ({len(source)}, {source.window}); expected windows of {recipe.window} "
             "tokens, so give more text or a smaller window"
         )
-    if (out / "recipe.json").exists():
+    check_length(source.target, recipe.window)
+    if (out / _FINISHED).exists():
         raise ValueError(f"{out} holds a finished draft; choose another folder")
     if recipe.validate_every and not extras.prompts:
         raise ValueError(f"Recipe.validate_every is {recipe.validate_every}, but there are no prompts to validate on")
@@ -226,7 +230,7 @@ def _step(run: _Run, module: nn.Module, chosen: list[torch.optim.Optimizer]) -> 
 def _check_finite(loss: float, run: _Run) -> None:
     if not math.isfinite(loss):
         raise FloatingPointError(
-            f"the loss is {loss} at step {run.progress.step}; lower learning_rate (now {run.recipe.learning_rate}) "
+            f"the loss is {loss} at step {run.progress.step + 1}; lower learning_rate (now {run.recipe.learning_rate}) "
             "and run again"
         )
 
@@ -257,11 +261,13 @@ def _finish(run: _Run) -> DovetailAssistantModel:
     if best is not None:
         draft.load_state_dict(load_file(best / "model.safetensors"), strict=True)
     if accelerator.is_main_process:
-        if run.extras.tokenizer is not None:
-            run.extras.tokenizer.save_pretrained(out)
-        draft.eval().to(run.extras.dtype or draft.dtype).save_pretrained(out)
-        write_card(out, draft, run.recipe, run.source, run.extras.data, run.csv.tracker)
-        (out / "recipe.json").write_text(json.dumps(asdict(run.recipe), indent=1) + "\n")
+        with naming(out, "the finished draft"):
+            if run.extras.tokenizer is not None:
+                run.extras.tokenizer.save_pretrained(out)
+            draft.eval().to(run.extras.dtype or draft.dtype).save_pretrained(out)
+            write_card(out, draft, run.recipe, run.source, run.extras.data, run.csv.tracker)
+        recipe = json.dumps(asdict(run.recipe), indent=1) + "\n"
+        write_whole(out / _FINISHED, lambda path: path.write_text(recipe), "the recipe")
         run.checkpoint.remove()
         remove(run.best)
     accelerator.wait_for_everyone()

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .features import fingerprint
 from .files import check_facts, write_whole
 from .processes import this_process
-from .records import Record
+from .records import Record, Skipped, read_records
+from .text import render_chat, rendered
 
 FACTS = "answers.json"
 
@@ -33,8 +35,12 @@ class Answering:
         temperature: 0 is greedy.
         seed: of sampled answers.
         batch: conversations at a time; one file holds as many.
-        opening: share of a plain text that is kept, at most `longest` tokens of it; the target writes the rest.
+        opening: share of a plain text that is kept, at most `longest` tokens of it; the target writes the rest. A text
+            that is longer than the rest can be is cut into pieces first (`answerable`).
         longest: tokens of a prompt, counted from its end for conversations; longer ones are cut.
+
+    Raises:
+        ValueError: if the length or the temperature is out of range.
     """
 
     max_new_tokens: int = 256
@@ -43,6 +49,13 @@ class Answering:
     batch: int = 16
     opening: float = 0.25
     longest: int = 512
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.temperature < 0:
+            raise ValueError(
+                f"answers of {self.max_new_tokens} tokens at temperature {self.temperature}; expected at least 1 token "
+                "and a temperature of at least 0"
+            )
 
 
 @torch.no_grad()
@@ -67,6 +80,42 @@ def continue_stream(
     return torch.cat(windows)
 
 
+def answerable(
+    sources: Sequence[str | Path], tokenizer: PreTrainedTokenizerBase, how: Answering, skipped: Skipped
+) -> Iterator[Record]:
+    """The records of all sources as `regenerate` takes them, so that all of the data is used.
+
+    Args:
+        sources: as `read_records` takes them. tokenizer: the target's. how: sets the length of a piece.
+        skipped: gets records that cannot be used, and conversations that the chat template refuses.
+
+    Yields:
+        Conversations and completions as they are, and plain texts in pieces of which the target can write all but the
+        opening.
+    """
+    for source in sources:
+        for record in read_records(source, skipped):
+            if not record.messages:
+                yield from _pieces(record, tokenizer, how)
+                continue
+            try:
+                render_chat(tokenizer, record.messages)
+            except ValueError as error:
+                skipped.add(record.where, str(error))
+            else:
+                yield record
+
+
+def _pieces(record: Record, tokenizer: PreTrainedTokenizerBase, how: Answering) -> Iterable[Record]:
+    """A plain text, cut where it is longer than an opening and an answer."""
+    size = round(how.max_new_tokens / (1 - how.opening))
+    ids = [] if record.prompt else tokenizer(record.text, add_special_tokens=False, verbose=False).input_ids
+    if len(ids) <= size:
+        return [record]
+    texts = (tokenizer.decode(ids[begin : begin + size]) for begin in range(0, len(ids), size))
+    return [Record(record.where, text=text) for text in texts if text.strip()]
+
+
 def regenerate(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -82,7 +131,7 @@ def regenerate(
 
     Args:
         target: in evaluation mode; it is moved to the process's device, and stays there.
-        tokenizer: the target's. records: the data. how: length and sampling.
+        tokenizer: the target's. records: the data, of `answerable`. how: length and sampling.
         folder: of the files.
 
     Returns:
@@ -95,7 +144,13 @@ def regenerate(
     if not records:
         raise ValueError("there are no records whose answers the target could replace")
     state, folder = this_process(), Path(folder)
-    facts = {"target": fingerprint(target), "answering": asdict(how), "records": len(records), "text": _digest(records)}
+    facts = {
+        "target": fingerprint(target),
+        "answering": asdict(how),
+        "records": len(records),
+        "text": _digest(json.dumps([(r.text, r.prompt, r.messages) for r in records])),
+        "chat_template": _digest(json.dumps(tokenizer.chat_template)),
+    }
     with state.main_process_first():
         _open_folder(folder, facts)
     target.to(state.device).eval()
@@ -120,9 +175,9 @@ def _open_folder(folder: Path, facts: dict[str, Any]) -> None:
     write_whole(path, lambda fresh: fresh.write_text(json.dumps(facts)), "the manifest of the answers")
 
 
-def _digest(records: Sequence[Record]) -> int:
-    """Characters in all records: what tells one text from another."""
-    return sum(len(record.text) + sum(len(m["content"]) for m in record.messages) for record in records)
+def _digest(text: str) -> str:
+    """What tells one text from another."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _answered(
@@ -169,7 +224,7 @@ def _chats(
 
 
 def _question(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], how: Answering) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = rendered(tokenizer, messages, ask=True)
     return tokenizer(text, add_special_tokens=False).input_ids[-how.longest :]
 
 

@@ -1,4 +1,4 @@
-"""Training data as it lies on disk: plain text, JSONL and `datasets`, read record by record.
+"""Training data as it lies on disk: plain text, JSON and `datasets`, read record by record.
 
 Knows files and the forms of a record; knows nothing of tokens or models. A record that cannot be used is skipped and
 counted, with file and line, or refused.
@@ -6,6 +6,7 @@ counted, with file and line, or refused.
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -64,16 +65,17 @@ def read_records(source: str | Path, skipped: Skipped) -> Iterator[Record]:
     """The records of a source that can be used.
 
     Args:
-        source: a `.jsonl` file, any other file (one plain text), a folder that `datasets` saved, or the name of a
-            data set on the hub, each of the latter two with `:SPLIT` behind it if it is not `train`.
+        source: a `.jsonl` file (a record per line), a `.json` file (one array of records), any other file (one plain
+            text), a folder that `datasets` saved, or the name of a data set on the hub, each of the latter two with
+            `:SPLIT` behind it if it is not `train`.
         skipped: gets those that cannot.
 
     Raises:
-        ValueError: if a plain text is not UTF-8, or a data set does not exist.
+        ValueError: if a plain text is not UTF-8, a `.json` file is no array, or a data set does not exist.
     """
     path = Path(source)
     if path.is_file():
-        raw = _jsonl(path, skipped) if path.suffix == ".jsonl" else _plain(path, skipped)
+        raw = {".jsonl": _jsonl, ".json": _json}.get(path.suffix, _plain)(path, skipped)
     else:
         raw = _dataset(str(source))
     for where, value in raw:
@@ -115,7 +117,7 @@ def _turns(turns: Any, role_key: str, content_key: str) -> tuple[dict[str, str],
             role = _SHAREGPT_ROLES.get(role)
         if not isinstance(role, str):
             raise ValueError(f'a turn has "{role_key}" {_short(turn.get(role_key))}; expected the name of a role')
-        messages.append({"role": role, "content": turn[content_key]})
+        messages.append({"role": role, "content": _characters(turn[content_key], content_key)})
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("no turn is the assistant's, so there is nothing to learn")
     return tuple(messages)
@@ -126,7 +128,16 @@ def _string(value: dict[str, Any], key: str) -> str:
         raise ValueError(f'"{key}" is {_short(value[key])}; expected a string')
     if not value[key].strip():
         raise ValueError(f'"{key}" is empty')
-    return value[key]
+    return _characters(value[key], key)
+
+
+def _characters(text: str, key: str) -> str:
+    """A string that UTF-8 can write, as tokenizers want it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f'"{key}" holds half of a surrogate pair, which is no character ({error})') from error
+    return text
 
 
 def _short(value: Any) -> str:
@@ -136,7 +147,7 @@ def _short(value: Any) -> str:
 
 def _plain(path: Path, skipped: Skipped) -> Iterator[tuple[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error})") from error
     if text.strip():
@@ -146,18 +157,39 @@ def _plain(path: Path, skipped: Skipped) -> Iterator[tuple[str, Any]]:
 
 
 def _jsonl(path: Path, skipped: Skipped) -> Iterator[tuple[str, Any]]:
-    """Lines end at a line feed only: JSON leaves other separators in its strings. Blank lines are passed over."""
+    """Lines end at a line feed only: JSON leaves other separators in its strings."""
+    number = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            where = f"{path}, line {number}"
+            where, line = f"{path}, line {number}", line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if not line.strip():
+                skipped.add(where, "the line is empty")
                 continue
             try:
                 yield where, json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
                 skipped.add(where, f"{path.name} is not UTF-8 here ({error})")
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # RecursionError: brackets in thousands of brackets
                 skipped.add(where, f"not JSON ({error})")
+    if not number:
+        skipped.add(str(path), "the file is empty")
+
+
+def _json(path: Path, skipped: Skipped) -> Iterator[tuple[str, Any]]:
+    """One array of records, as ShareGPT's conversations are published."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        values = error
+    if not isinstance(values, list):
+        raise ValueError(
+            f"{path} is no array of records ({_short(values)}); records line by line belong into a .jsonl file, plain "
+            "text into a .txt file"
+        )
+    if not values:
+        skipped.add(str(path), "the array is empty")
+    for number, value in enumerate(values, start=1):
+        yield f"{path}, record {number}", value
 
 
 def _dataset(source: str) -> Iterator[tuple[str, Any]]:
@@ -165,6 +197,7 @@ def _dataset(source: str) -> Iterator[tuple[str, Any]]:
     name, _, split = source.partition(":")
     try:
         from datasets import load_dataset, load_from_disk
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise ValueError(
             f"there is no file {source}; to read it as a data set, install the library: pip install datasets"
@@ -175,7 +208,7 @@ def _dataset(source: str) -> Iterator[tuple[str, Any]]:
             data = data[split or "train"] if hasattr(data, "keys") else data
         else:
             data = load_dataset(name, split=split or "train")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, DatasetsError) as error:
         raise ValueError(f"{source} is neither a file nor a data set that can be loaded ({error})") from error
     for number, row in enumerate(data):
         yield f"{source}, row {number}", row

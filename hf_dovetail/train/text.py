@@ -103,29 +103,52 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str,
     """A conversation as the target reads it, and the characters of the assistant's turns, their end marks included.
 
     A turn that the template renders otherwise once more turns follow (reasoning that is dropped, say) stands in the
-    text as it is then, and counts only if its place can be found.
+    text as it is then, and counts only if its words follow what was asked.
 
     Raises:
         ValueError: if the tokenizer has no chat template, the template refuses the conversation, or no turn is found.
     """
-    if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template; give plain text, or the tokenizer of a chat model")
-
-    def rendered(turns: Sequence[dict[str, str]], ask: bool = False) -> str:
-        try:
-            return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=ask)
-        except Exception as error:  # a template raises what it likes (jinja2.TemplateError)
-            raise ValueError(f"the chat template refuses this conversation: {error}") from error
-
-    whole, spans = rendered(messages), []
+    whole, spans = rendered(tokenizer, messages), []
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
-            asked, answered = rendered(messages[:turn], ask=True), rendered(messages[: turn + 1])
-            if whole.startswith(asked) and whole.startswith(answered) and len(answered) > len(asked):
-                spans.append((len(asked), len(answered)))
+            asked, answered = rendered(tokenizer, messages[:turn], ask=True), rendered(tokenizer, messages[: turn + 1])
+            if span := _place(whole, asked, answered, message["content"].strip()):
+                spans.append(span)
     if not spans:
         raise ValueError("no assistant turn can be found in what the chat template makes of this conversation")
     return whole, spans
+
+
+def _place(whole: str, asked: str, answered: str, words: str) -> Span | None:
+    """Where an answer stands in a conversation, its end mark included; None if it does not follow what was asked.
+
+    Args:
+        whole: the conversation. asked, answered: its beginning up to the answer, and with it, as the template renders
+            them alone: what stands around the answer's words may be another there (Qwen 3's empty reasoning).
+        words: of the answer.
+    """
+    begin = len(asked)
+    if not whole.startswith(asked):
+        return None
+    if whole.startswith(answered) and len(answered) > begin:
+        return begin, len(answered)
+    _, found, mark = answered.rpartition(words)
+    stands = words and found and whole.startswith(words + mark, begin)
+    return (begin, begin + len(words + mark)) if stands else None
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], ask: bool = False) -> str:
+    """What the chat template makes of turns; with `ask`, up to where an answer begins.
+
+    Raises:
+        ValueError: if the tokenizer has no chat template, or it refuses the turns.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template; give plain text, or the tokenizer of a chat model")
+    try:
+        return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=ask)
+    except Exception as error:  # a template raises what it likes (jinja2.TemplateError)
+        raise ValueError(f"the chat template refuses this conversation: {error}") from error
 
 
 def _encode_text(tokenizer: PreTrainedTokenizerBase, record: Record) -> Encoded:

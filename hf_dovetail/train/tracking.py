@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import GeneralTracker, on_main_process
 
+from .files import naming, write_whole
 from .validate import SHAPE
 
 COLUMNS = ("step", "loss", "learning_rate", "tokens_per_round", *(f"depth_{d + 1}" for d in range(SHAPE.levels)))
@@ -37,15 +39,23 @@ class CsvTracker(GeneralTracker):
 
     @on_main_process
     def keep_until(self, step: int) -> None:
-        """Drop the lines behind `step` finished steps: a killed run wrote them after its checkpoint."""
+        """Drop the lines behind `step` finished steps: a killed run wrote them after its checkpoint.
+
+        Raises:
+            OSError: if the file cannot be written; it is as it was.
+        """
         kept: list[dict[str, str]] = []
         if step and self._path.exists():
             with self._path.open(newline="") as lines:
-                kept = [row for row in csv.DictReader(lines) if row["step"] and int(row["step"]) <= step]
-        with self._path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(kept)
+                kept = list(islice(csv.DictReader(lines), step))
+
+        def write(path: Path) -> None:
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writeheader()
+                writer.writerows(kept)
+
+        write_whole(self._path, write, "the figures of all steps")
 
     @on_main_process
     def store_init_configuration(self, values: dict[str, Any]) -> None:
@@ -53,8 +63,12 @@ class CsvTracker(GeneralTracker):
 
     @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
-        """Write a line."""
-        with self._path.open("a", newline="") as file:
+        """Write a line.
+
+        Raises:
+            OSError: if it cannot be written; a part of it may be.
+        """
+        with naming(self._path, "the figures of a step"), self._path.open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerow({"step": step, **values})
 
 

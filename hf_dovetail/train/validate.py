@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import TreeShape
 from ..modeling import DovetailAssistantModel
 from .processes import this_process
-from .records import Skipped, read_records
+from .records import Record, Skipped, read_records
 from .text import render_chat
 
 SHAPE = TreeShape()
@@ -40,27 +40,36 @@ class Validation:
     rounds: int
 
 
-def load_prompts(source: str | Path, tokenizer: PreTrainedTokenizerBase, count: int, longest: int) -> list[Tensor]:
+def load_prompts(
+    source: str | Path, tokenizer: PreTrainedTokenizerBase, count: int, longest: int, skipped: Skipped
+) -> list[Tensor]:
     """(1, n) ids of the first `count` prompts of a source, each cut to its first `longest` tokens.
 
-    A conversation's prompt ends where its last answer begins; a text is its own prompt.
+    A conversation's prompt ends where its last answer begins; a text is its own prompt. `skipped` gets records that
+    cannot be used.
 
     Raises:
         ValueError: if the source holds no prompt.
     """
-    prompts = []
-    for record in read_records(source, Skipped()):
-        if record.messages:
-            text, spans = render_chat(tokenizer, record.messages)
-            ids = tokenizer(text[: spans[-1][0]], add_special_tokens=False).input_ids
-        else:
-            ids = tokenizer(record.prompt or record.text).input_ids
-        prompts.append(torch.tensor([ids[:longest]]))
+    prompts: list[Tensor] = []
+    for record in read_records(source, skipped):
+        try:
+            prompts.append(_prompt(record, tokenizer, longest))
+        except ValueError as error:
+            skipped.add(record.where, str(error))
         if len(prompts) == count:
             break
     if not prompts:
         raise ValueError(f"{source} holds no prompt to validate on")
     return prompts
+
+
+def _prompt(record: Record, tokenizer: PreTrainedTokenizerBase, longest: int) -> Tensor:
+    """(1, n) ids."""
+    if not record.messages:
+        return torch.tensor([tokenizer(record.prompt or record.text, verbose=False).input_ids[:longest]])
+    text, spans = render_chat(tokenizer, record.messages)
+    return torch.tensor([tokenizer(text[: spans[-1][0]], add_special_tokens=False).input_ids[:longest]])
 
 
 def validate(
