@@ -5,7 +5,7 @@ Knows the draft network and its target's files; never loads the target.
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -52,20 +52,19 @@ def _write(draft: DovetailAssistantModel, tokenizer: PreTrainedTokenizerBase | N
     Raises:
         OSError: if it cannot be written; `out` is as it was.
     """
-    fresh = out.with_name(f"{out.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    try:
-        if tokenizer is not None:
-            tokenizer.save_pretrained(fresh)
-        draft.save_pretrained(fresh)
-        (fresh / "README.md").write_text(card, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise OSError(f"could not write the draft to {out} ({error}); free some space and convert again") from error
-    out.mkdir(exist_ok=True)
-    for path in sorted(fresh.iterdir(), key=lambda path: path.name == "config.json"):
-        path.replace(out / path.name)
-    fresh.rmdir()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as folder:
+        fresh = Path(folder)
+        try:
+            if tokenizer is not None:
+                tokenizer.save_pretrained(fresh)
+            draft.save_pretrained(fresh)
+            (fresh / "README.md").write_text(card, encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"could not write the draft to {out} ({error}); free some space, convert again") from error
+        out.mkdir(exist_ok=True)
+        for path in sorted(fresh.iterdir(), key=lambda path: path.name == "config.json"):
+            path.replace(out / path.name)
 
 
 def _settle(draft: DovetailAssistantModel, target: PreTrainedConfig, name: str) -> None:
