@@ -26,8 +26,8 @@ from transformers.utils import logging
 from .config import TreeShape
 from .controller import LARGEST, Controller
 from .decode import decode
-from .devices import to_device, to_host
-from .dispatch import HOST, Move, dispatch_of
+from .devices import HOST, Move, to_device, to_host
+from .dispatch import dispatch_of
 from .draft import DraftSession
 from .drafting import Drafting
 from .draws import SharedDraws

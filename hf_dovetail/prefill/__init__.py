@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..anatomy import decoder_layers
 from ..attention import IMPLEMENTATIONS, TESTED_TYPES
-from ..dispatch import decoder_layers
 from .measure import measured_threshold
 from .modules import unfit
 from .passes import Streaming
