@@ -239,7 +239,7 @@ def test_the_order_of_imports_does_not_matter(order: str, tmp_path: Path, llama:
 
 
 @pytest.mark.parametrize(
-    "first", ["hf_dovetail.modeling", "hf_dovetail.train", "hf_dovetail.plugin", "hf_dovetail.demo"]
+    "first", [f"hf_dovetail.{name}" for name in ("formats", "network", "modeling", "train", "plugin", "demo")]
 )
 def test_any_module_can_be_the_first_import(first: str) -> None:
     """Guards the circle modeling -> Auto classes -> registration -> modeling, which only a first import walks."""
