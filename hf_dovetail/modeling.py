@@ -31,7 +31,6 @@ from .weights import (
     check_own_precision,
     check_reads_features,
     check_weight_bits,
-    save_tokenizer,
     shared_bytes,
 )
 
@@ -257,7 +256,7 @@ class DovetailAssistantModel(DraftNetwork):
         """
         check_own_precision(self.weight_bits, "saved")
         if is_main_process:
-            save_tokenizer(self.tokenizer_source, save_directory)
+            _save_tokenizer(self.tokenizer_source, save_directory)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
 
@@ -267,6 +266,23 @@ def _lm_config(config: DovetailConfig) -> Any:
         raise ValueError('fusion="none" needs the wrapped model\'s configuration in causal_lm; use from_causal_lm(lm)')
     values = dict(config.causal_lm)
     return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def _save_tokenizer(source: str | None, directory: str | os.PathLike) -> None:
+    """Save the tokenizer of `source` beside a draft, unless one is there; say so if it is not on this machine."""
+    if os.path.exists(os.path.join(directory, "tokenizer_config.json")):
+        return
+    from transformers import AutoTokenizer  # here, since importing it imports this module (see `register`)
+
+    try:
+        if source:
+            AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(directory)
+            return
+    except (OSError, ValueError):
+        pass  # said below
+    logger.warning(
+        "no tokenizer found for this draft; save the target's into %s to use it in a pipeline by path", directory
+    )
 
 
 model_is_ready()

@@ -81,6 +81,20 @@ def test_a_module_imports_from_lower_layers_only(module: str) -> None:
             assert RANK[other] < RANK[module], f"{file.name} of {module} imports {other}"
 
 
+@pytest.mark.parametrize("module", [*sorted(m for m in MODULES if RANK[m] < RANK["modeling"]), "modeling"])
+def test_no_import_goes_in_a_circle_through_the_auto_classes(module: str) -> None:
+    """Guards the registration: making a configuration's or AutoTokenizer's docstring, transformers imports the Auto
+    classes, and so `modeling`; what `modeling` needs must not want the class that is being made.
+    """
+    allowed = {"PreTrainedConfig"} | ({"AutoConfig", "AutoModelForCausalLM"} if module == "modeling" else set())
+    for file in files_of(module):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers"):
+                found = {a.name for a in node.names if a.name.startswith("Auto") or a.name.endswith("Config")}
+                assert found <= allowed, f"{file.name} of {module} imports {found}; import them where they are used"
+                assert "models." not in node.module, f"{file.name} of {module} imports from {node.module}"
+
+
 def test_the_import_finder_sees_imports() -> None:
     """The test above proves something: it finds the imports that are there, of each form."""
     plugin = ast.parse((PACKAGE / "plugin.py").read_text(encoding="utf-8"))
