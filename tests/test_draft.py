@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
 from hf_dovetail.draft import DraftSession
-from hf_dovetail.plugin import SHARPEST, sharpness_of
+from hf_dovetail.plugin.sampling import SHARPEST, sharpness_of
 from hf_dovetail.recast import RecastLM
 from hf_dovetail.tree import DraftTree
 

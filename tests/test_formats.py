@@ -19,7 +19,7 @@ from hf_dovetail import DovetailAssistantModel, DovetailCandidateGenerator, Tree
 from hf_dovetail.calibrate import calibrate
 from hf_dovetail.draft import DraftSession
 from hf_dovetail.formats import recognise
-from hf_dovetail.plugin import SHARPEST
+from hf_dovetail.plugin.sampling import SHARPEST
 from hf_dovetail.target import FeatureTap
 from hf_dovetail.tree import DraftTree
 from hf_dovetail.weights import feature_layers
