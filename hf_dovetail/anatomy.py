@@ -44,9 +44,14 @@ def decoder_layers(decoder: nn.Module) -> nn.ModuleList | None:
     return next((layers for layers in lists if len(layers) == count > 0), None)
 
 
+def is_quantised(model: PreTrainedModel) -> bool:
+    """Whether a model was loaded with quantised weights, which have kernels of their own."""
+    return getattr(model.config, "quantization_config", None) is not None or getattr(model, "is_quantized", False)
+
+
 def _why_not_apart(model: PreTrainedModel) -> str | None:
     """Why the layers of a model cannot be put on two devices, or None."""
-    if getattr(model.config, "quantization_config", None) is not None or getattr(model, "is_quantized", False):
+    if is_quantised(model):
         return "it is quantised already and stays where it was loaded; load it with a device_map instead"
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return "accelerate has dispatched it already; load it without device_map"
