@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parent.parent / "hf_dovetail"
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "hf_dovetail"
 LAYERS = (
     (
         "config",
@@ -104,3 +105,15 @@ def test_the_import_finder_sees_imports() -> None:
         "cache",
         "accept",
     }
+
+
+SCRIPTS = sorted(path for folder in ("benchmarks", "scripts", "examples") for path in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_script_imports_from_the_package_is_there(script: Path) -> None:
+    """Guards those that no test runs: a name that moved would be noticed by their next user."""
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "hf_dovetail":
+            for alias in node.names:
+                exec(f"from {node.module} import {alias.name}", {})
