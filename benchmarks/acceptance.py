@@ -18,9 +18,10 @@ from common import Tally, humaneval_prompts, write
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_dovetail import DovetailAssistantModel, TreeShape, plugin
+from hf_dovetail import DovetailAssistantModel, TreeShape
 from hf_dovetail.bench.rows import randomised
 from hf_dovetail.demo import load_pair
+from hf_dovetail.plugin import sampling
 
 
 def measure(
@@ -47,7 +48,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=164)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--name", default="acceptance")
-    parser.add_argument("--sharpness", type=float, nargs="+", help="limits of `plugin.sharpness_of` to compare")
+    parser.add_argument(
+        "--sharpness", type=float, nargs="+", help="limits of `plugin.sampling.sharpness_of` to compare"
+    )
     arguments = parser.parse_args()
     target, draft, tokenizer = load_pair()
     if arguments.draft:
@@ -62,10 +65,10 @@ def main() -> None:
     prompts, length = humaneval_prompts()[: arguments.prompts], arguments.max_new_tokens
     if arguments.sharpness:
         results = {}
-        for plugin.SHARPEST in arguments.sharpness:
+        for sampling.SHARPEST in arguments.sharpness:
             found = measure(target, draft, tokenizer, prompts, length, do_sample=False)
-            results[f"greedy at {plugin.SHARPEST}"] = found
-            print(f"sharpness {plugin.SHARPEST}: {found['tokens_per_round']:.2f} tokens per round")
+            results[f"greedy at {sampling.SHARPEST}"] = found
+            print(f"sharpness {sampling.SHARPEST}: {found['tokens_per_round']:.2f} tokens per round")
         write(arguments.name, {"shape": vars(draft.tree), "max_new_tokens": length, "results": results})
         return
     results = {

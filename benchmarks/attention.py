@@ -36,7 +36,7 @@ def compare(heads: int, groups: int, width: int, rows: int, keys: int, dtype: to
     scaling = width**-0.5
     ways = {
         "sdpa": lambda: sdpa_attention_forward(module, query, *states, allowed if rows > 1 else None, 0.0, scaling),
-        "grouped": lambda: grouped_attention(module, query, *states, additive if rows > 1 else None, 0.0, scaling),
+        "grouped": lambda: grouped_attention(query, *states, additive if rows > 1 else None, scaling),
         "exact": lambda: exact_attention(module, query, *states, additive if rows > 1 else None, 0.0, scaling),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}

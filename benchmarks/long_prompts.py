@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_dovetail import prefill, prepare_target
+from hf_dovetail.anatomy import decoder_layers
 from hf_dovetail.prefill.measure import measure
-from hf_dovetail.prefill.modules import layers_of
 from hf_dovetail.prefill.passes import Streaming
 from hf_dovetail.prefill.switch import switch_on
 from hf_dovetail.prefill.threshold import least_rows
@@ -54,7 +54,7 @@ def compared(model: PreTrainedModel, device: torch.device, rows: int, repeats: i
     for _ in range(repeats + 1):
         spent["cpu_ms"].append(prompt_ms(model, ids))
         streaming = Streaming(device, 1)
-        switch_on(decoder, layers_of(decoder), streaming)
+        switch_on(decoder, decoder_layers(decoder), streaming)
         spent["streamed_ms"].append(prompt_ms(model, ids))
         prefill.remove(model)
         if streaming.failed:

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from hf_dovetail import DovetailAssistantModel, TreeShape
 from hf_dovetail.demo import load_pair
 from hf_dovetail.levels import expand_on_host
-from hf_dovetail.plugin import SHARPEST
+from hf_dovetail.plugin.sampling import SHARPEST
 from hf_dovetail.steps import BlockSteps
 from hf_dovetail.tree import DraftTree, rerank
 

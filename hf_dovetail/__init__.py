@@ -14,7 +14,7 @@ from .register import register, unregister
 if TYPE_CHECKING:
     from .config import DovetailConfig, TreeShape
     from .modeling import DovetailAssistantModel
-    from .plugin import DovetailCandidateGenerator
+    from .plugin.candidates import DovetailCandidateGenerator
     from .prepare import prepare_target, restore_target
     from .stats import GenerationStats
 
@@ -28,7 +28,7 @@ _HOMES = {
     "TreeShape": "config",
     "GenerationStats": "stats",
     "DovetailAssistantModel": "modeling",
-    "DovetailCandidateGenerator": "plugin",
+    "DovetailCandidateGenerator": "plugin.candidates",
     "prepare_target": "prepare",
     "restore_target": "prepare",
 }

@@ -6,10 +6,15 @@ the one place in a round where the host stands still.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+HOST = torch.device("cpu")
+Move = Callable[[Tensor, torch.device], Tensor]
+"""Copies a tensor to a device; counts what crosses, if it likes."""
 
 _ASYNCHRONOUS = ("cuda", "xpu")
 """Types of devices with a link to pinned memory of the host; "cuda" is ROCm's too. MPS shares the host's memory."""

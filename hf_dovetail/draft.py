@@ -15,7 +15,7 @@ from .devices import to_device
 from .draws import Choice, SharedDraws
 from .graphs import DeviceRounds
 from .levels import KeepGoing, expand_on_device, expand_on_host
-from .modeling import DovetailAssistantModel
+from .network import DraftNetwork
 from .steps import BlockSteps, LanguageModelSteps
 from .tree import rerank
 
@@ -37,7 +37,7 @@ class DraftSession:
 
     def __init__(
         self,
-        draft: DovetailAssistantModel,
+        draft: DraftNetwork,
         capacity: int = 0,
         on_host: bool | None = None,
         sharpness: float = 1.0,

@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 
 
 class Drafter(Protocol):
-    """What the loop asks of the draft (`plugin.DovetailCandidateGenerator`)."""
+    """What the loop asks of the draft (`plugin.candidates.DovetailCandidateGenerator`)."""
 
     device: torch.device
     reads_features: bool

@@ -7,48 +7,38 @@ of transformers' eager attention, for one row and for a tree alike, faster than 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from torch import Tensor
 
 NAME = "dovetail_sdpa"
 MOST_ROWS = 64
 """A pass with more rows is a prompt's."""
 
 
-def grouped_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface.
+def takes_grouped(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    """Whether `grouped_attention` is for these: few rows that see what a mask says, of heads that share keys."""
+    rows = query.shape[2]
+    few = query.shape[1] != key.shape[1] and rows <= MOST_ROWS and (rows == 1 or mask is not None)
+    return few and query.device.type == "cpu" and not query.requires_grad
+
+
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Softmax attention.
 
     Args:
-        query: (B, H, T, D). key, value: (B, G, S, D), H a multiple of G. attention_mask: (B, 1, T, S) bool or
-            additive, or None.
+        query: (B, H, T, D). key, value: (B, G, S, D), H a multiple of G. mask: (B, 1, T, S) bool or additive, or None.
+        scale: what scores are multiplied by.
 
     Returns:
-        (B, T, H, D) and None.
+        (B, T, H, D).
     """
     batch, heads, rows, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
-    branches = rows == 1 or attention_mask is not None
-    few = heads != groups and rows <= MOST_ROWS and branches and not dropout
-    if not few or query.device.type != "cpu" or query.requires_grad:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     folded = query.reshape(batch * groups, -1, width)  # (B G, H/G T, D)
     key, value = (states.reshape(batch * groups, keys, -1) for states in (key, value))
-    scale = width**-0.5 if scaling is None else scaling
-    bias = _bias(attention_mask, folded, keys, heads // groups)
-    scores = torch.baddbmm(bias, folded, key.transpose(1, 2), beta=0 if attention_mask is None else 1, alpha=scale)
-    return torch.bmm(scores.softmax(dim=-1), value).view(batch, heads, rows, -1).transpose(1, 2).contiguous(), None
+    bias = _bias(mask, folded, keys, heads // groups)
+    scores = torch.baddbmm(bias, folded, key.transpose(1, 2), beta=0 if mask is None else 1, alpha=scale)
+    return torch.bmm(scores.softmax(dim=-1), value).view(batch, heads, rows, -1).transpose(1, 2).contiguous()
 
 
 def _bias(mask: Tensor | None, folded: Tensor, keys: int, share: int) -> Tensor:

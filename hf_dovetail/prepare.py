@@ -19,12 +19,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from . import prefill
+from .anatomy import Anatomy, anatomy_of, nbytes_of
 from .config import TreeShape
 from .controller import LARGEST
-from .dispatch import HOST, Anatomy, Dispatch, anatomy_of, dispatch_of, nbytes_of
+from .devices import HOST, resolve_device
+from .dispatch import Dispatch, dispatch_of
 from .engines import check_engine, engine_of, start_engine, stop_engine
 from .levels import tree_rows
-from .modeling import DovetailAssistantModel, resolve_device
+from .modeling import DovetailAssistantModel
 from .placement import DraftSizes, Limits, Plan, TargetSizes, plan, shown
 from .rows import EXTENT, ROUND_ROWS
 from .weights import check_fits

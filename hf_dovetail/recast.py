@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .anatomy import decoder_layers
 from .attention import BranchingMask
 from .blocks import DecoderBlock, KeyValueStore, RMSNorm, RotaryTable, Rotation, fold_mask
 from .config import ROPE_TYPES_KEPT, DovetailConfig
 from .devices import to_host
-from .dispatch import decoder_layers
 from .rows import RowBuffer
 
 logger = logging.get_logger(__name__)

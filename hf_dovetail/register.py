@@ -55,7 +55,7 @@ def _patch_generation(module: ModuleType) -> None:
     def validate_generation_mode(self: Any, generation_mode: Any, generation_config: Any, mode_kwargs: dict) -> None:
         assistant = mode_kwargs.get("assistant_model")
         if _is_draft(assistant):
-            from .plugin import check_request
+            from .plugin.requests import check_request
 
             check_request(self, assistant, generation_mode, generation_config)
             if assistant.config.vocab_size != self.config.get_text_config().vocab_size:  # padding, which is no other

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .blocks import KeyValueStore, RotaryTable, Rotation
-from .modeling import DovetailAssistantModel
+from .network import DraftNetwork
 from .rows import RowBuffer
 
 _CHUNK = 256
@@ -133,7 +133,7 @@ class LanguageModelSteps:
         start: position of the first row. held: committed rows.
     """
 
-    def __init__(self, draft: DovetailAssistantModel, capacity: int, sharpness: float = 1.0) -> None:
+    def __init__(self, draft: DraftNetwork, capacity: int, sharpness: float = 1.0) -> None:
         self._draft, self._device, self._sharpness = draft, draft.device, sharpness
         self.target_ids = draft.target_ids
         self.cache, self._mask = draft.new_cache(capacity), draft.mask_builder()

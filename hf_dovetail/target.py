@@ -19,10 +19,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from .anatomy import decoder_layers
 from .attention import BranchingMask, why_not_branching
 from .cache import GrowingCache, can_branch, num_cache_layers
 from .config import TreeShape
-from .dispatch import Move, decoder_layers, dispatch_of
+from .devices import Move
+from .dispatch import dispatch_of
 from .probe import branches_rightly
 from .tree import DraftTree
 

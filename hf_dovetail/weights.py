@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import DovetailConfig, eagle3_layers
 from .dispatch import dispatch_of
 from .eight_bits import EightBitMatrix
 from .packed import PackedWeight
-
-logger = logging.get_logger(__name__)
 
 _PADDING = 0.01
 """Largest part of a vocabulary that may be padding: Qwen 2.5 has 151,936 entries or 152,064, by size of the model."""
@@ -267,18 +263,3 @@ def check_loaded(info: dict[str, Any], source: str) -> None:
     ]
     if problems:
         raise ValueError(f"the weights in {source} are not those of this draft; " + "; ".join(problems))
-
-
-def save_tokenizer(source: str | None, directory: str | os.PathLike) -> None:
-    """Save the tokenizer of `source` beside a draft, unless one is there; say so if it is not on this machine."""
-    if os.path.exists(os.path.join(directory, "tokenizer_config.json")):
-        return
-    try:
-        if source:
-            AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(directory)
-            return
-    except (OSError, ValueError):
-        pass  # said below
-    logger.warning(
-        "no tokenizer found for this draft; save the target's into %s to use it in a pipeline by path", directory
-    )

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
 from hf_dovetail.draft import DraftSession
-from hf_dovetail.plugin import SHARPEST, sharpness_of
+from hf_dovetail.plugin.sampling import SHARPEST, sharpness_of
 from hf_dovetail.recast import RecastLM
 from hf_dovetail.tree import DraftTree
 
@@ -195,23 +195,15 @@ def test_a_draft_is_as_sure_as_the_targets_way_of_choosing(sampling: dict, sharp
     assert sharpness_of(GenerationConfig(**sampling)) == pytest.approx(sharpness)
 
 
-@pytest.mark.parametrize("case", ["fresh", "padded", "continued", "chunked"])
+@pytest.mark.parametrize("case", tiny.CASES)
 @pytest.mark.parametrize(("kind", "family"), [("untrained", "llama"), ("untrained", "gemma2"), ("noisy", "mistral")])
 def test_every_tree_of_an_answer_is_drafted_from_the_answer_so_far(kind: str, family: str, case: str) -> None:
     """Guards the seam between the models: tokens and features of the accepted path, none shifted, lost or twice."""
-    target, ids, options, start = tiny.build(family), tiny.prompt(), {}, 0
+    target = tiny.build(family)
+    ids, options, start = tiny.prepared(case, target)
     draft = tiny.draft_for(target, kind)
     draft.tree, rounds = TreeShape(6, 3, 3), []
     draft.watch = rounds.append
-    if case == "padded":
-        ids, start = torch.nn.functional.pad(ids, (4, 0)), 4
-        options = {"attention_mask": (ids != 0).long()}
-    elif case == "continued":
-        first = tiny.run(target, ids, max_new_tokens=8)
-        ids, start = torch.cat((first.sequences, tiny.prompt(4, seed=8)), dim=1), 19
-        options = {"past_key_values": first.past_key_values}
-    elif case == "chunked":
-        options = {"prefill_chunk_size": 5}
     answer = tiny.run(target, ids, draft, max_new_tokens=60, **options).sequences
     pad = 4 if case == "padded" else 0
     features = features_of(target, answer[:, pad:])[:, start - pad :]

@@ -18,6 +18,7 @@ from hf_dovetail import TreeShape, plugin
 from hf_dovetail.demo import load_pair
 from hf_dovetail.draft import DraftSession
 from hf_dovetail.draws import Choice, SharedDraws
+from hf_dovetail.plugin.sampling import draws_of
 
 PROMPTS = Path(__file__).parent / "data" / "humaneval_prompts.jsonl"
 
@@ -146,7 +147,7 @@ def drawn_between(answer: Answer, session: DraftSession, shapes: list[TreeShape]
 
 def test_no_draws_are_known_where_they_cannot_be(llama: PreTrainedModel, ids: Tensor) -> None:
     config = llama.generation_config
-    assert plugin.draws_of(llama, config, [], ids) is None
+    assert draws_of(llama, config, [], ids) is None
     sampling = type(config)(do_sample=True)
-    assert plugin.draws_of(llama, sampling, [TopKLogitsWarper(3), Drawing()], ids).warpers[0].top_k == 3
-    assert plugin.draws_of(llama, sampling, [], ids.to("meta")) is None
+    assert draws_of(llama, sampling, [TopKLogitsWarper(3), Drawing()], ids).warpers[0].top_k == 3
+    assert draws_of(llama, sampling, [], ids.to("meta")) is None

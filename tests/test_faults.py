@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import hf_dovetail
-from hf_dovetail import DovetailAssistantModel, TreeShape, draft, levels, plugin
+from hf_dovetail import DovetailAssistantModel, DovetailCandidateGenerator, TreeShape, draft, levels
 from hf_dovetail.controller import LARGEST, AutoController
 from hf_dovetail.decode import Round
 from hf_dovetail.draft import DraftSession
@@ -29,7 +29,7 @@ STEPS: dict[str, tuple[Any, str]] = {
     "a level": (levels, "best_continuations"),
     "the best nodes": (draft, "rerank"),
     "the packed tree": (DraftTree, "unpack"),
-    "the room": (plugin.DovetailCandidateGenerator, "room"),
+    "the room": (DovetailCandidateGenerator, "room"),
     "the plan": (AutoController, "plan"),
     "another level": (AutoController, "_keep_going"),
     "the choice": (AutoController, "choose"),

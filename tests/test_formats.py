@@ -19,7 +19,7 @@ from hf_dovetail import DovetailAssistantModel, DovetailCandidateGenerator, Tree
 from hf_dovetail.calibrate import calibrate
 from hf_dovetail.draft import DraftSession
 from hf_dovetail.formats import read_tensors, recognise
-from hf_dovetail.plugin import SHARPEST
+from hf_dovetail.plugin.sampling import SHARPEST
 from hf_dovetail.target import FeatureTap
 from hf_dovetail.tree import DraftTree
 from hf_dovetail.weights import feature_layers
@@ -116,23 +116,15 @@ def _forbidden(*args: object) -> None:
     raise AssertionError("the host read a tensor")
 
 
-@pytest.mark.parametrize("case", ["fresh", "padded", "continued", "chunked"])
+@pytest.mark.parametrize("case", tiny.CASES)
 @pytest.mark.parametrize("name", ["eagle-vicuna", "eagle3", "eagle3-qwen3"])
 def test_every_tree_of_an_answer_is_the_published_drafts(name: str, case: str, tmp_path: Path) -> None:
     """Guards the tap and the seam: features of inner layers, of the accepted path, in every kind of prefill."""
     published = CASES[name]
-    target, ids, options, start = published.target(), tiny.prompt(), {}, 0
+    target = published.target()
+    ids, options, start = tiny.prepared(case, target)
     draft, reference, rounds = loaded(published, tmp_path), Reference(published, target), []
     draft.watch = rounds.append
-    if case == "padded":
-        ids, start = torch.nn.functional.pad(ids, (4, 0)), 4
-        options = {"attention_mask": (ids != 0).long()}
-    elif case == "continued":
-        first = tiny.run(target, ids, max_new_tokens=8)
-        ids, start = torch.cat((first.sequences, tiny.prompt(4, seed=8)), dim=1), 19
-        options = {"past_key_values": first.past_key_values}
-    elif case == "chunked":
-        options = {"prefill_chunk_size": 5}
     answer = tiny.run(target, ids, draft, max_new_tokens=16, **options).sequences
     pad = 4 if case == "padded" else 0
     with torch.no_grad():

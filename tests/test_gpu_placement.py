@@ -8,8 +8,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_dovetail import DovetailAssistantModel, TreeShape, prepare, prepare_target, restore_target
+from hf_dovetail.anatomy import anatomy_of
 from hf_dovetail.demo import demo_prompts, load_pair
-from hf_dovetail.dispatch import anatomy_of, dispatch_of
+from hf_dovetail.dispatch import dispatch_of
 from hf_dovetail.placement import WEIGHTS, Limits, planned
 
 pytestmark = [

@@ -11,8 +11,8 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_dovetail import prefill, prepare_target, restore_target
+from hf_dovetail.anatomy import decoder_layers
 from hf_dovetail.demo import demo_prompts, load_pair
-from hf_dovetail.dispatch import decoder_layers
 from hf_dovetail.prefill import calls, upload
 from hf_dovetail.prefill.switch import streaming_of
 

@@ -220,10 +220,14 @@ def test_unregistering_restores_transformers_by_identity() -> None:
         "import transformers; transformers.AutoModelForCausalLM; import hf_dovetail",
         "import hf_dovetail.modeling",
         "from hf_dovetail import DovetailCandidateGenerator",
+        "import hf_dovetail; from transformers import AutoTokenizer",
+        "import hf_dovetail; from transformers import LlamaConfig",
     ],
 )
 def test_the_order_of_imports_does_not_matter(order: str, tmp_path: Path, llama: PreTrainedModel) -> None:
-    """Guards the deferred registration; the user's code names nothing of Dovetail after importing it."""
+    """Guards the deferred registration, in the middle of transformers' own imports too; the user's code names
+    nothing of Dovetail after importing it.
+    """
     llama.save_pretrained(tmp_path / "target")
     tiny.draft_for(llama, "untrained").save_pretrained(tmp_path / "draft")
     out = in_python(
@@ -239,7 +243,7 @@ def test_the_order_of_imports_does_not_matter(order: str, tmp_path: Path, llama:
 
 
 @pytest.mark.parametrize(
-    "first", ["hf_dovetail.modeling", "hf_dovetail.train", "hf_dovetail.plugin", "hf_dovetail.demo"]
+    "first", [f"hf_dovetail.{name}" for name in ("formats", "network", "modeling", "train", "plugin", "demo")]
 )
 def test_any_module_can_be_the_first_import(first: str) -> None:
     """Guards the circle modeling -> Auto classes -> registration -> modeling, which only a first import walks."""

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parent.parent / "hf_dovetail"
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "hf_dovetail"
 LAYERS = (
     (
         "config",
@@ -26,12 +27,12 @@ LAYERS = (
         "devices",
         "eight_bits",
         "placement",
-        "dispatch",
+        "anatomy",
     ),
-    ("accept", "cache", "attention", "weights", "blocks", "levels", "costs", "formats"),
-    ("recast", "probe", "controller", "stats", "prefill"),
-    ("modeling",),
-    ("steps", "target", "engines"),
+    ("accept", "cache", "attention", "dispatch", "blocks", "levels", "costs", "formats"),
+    ("weights", "recast", "probe", "controller", "stats", "prefill"),
+    ("network", "target", "engines"),
+    ("modeling", "steps"),
     ("graphs", "learned", "prepare"),
     ("draft",),
     ("drafting",),
@@ -81,12 +82,38 @@ def test_a_module_imports_from_lower_layers_only(module: str) -> None:
             assert RANK[other] < RANK[module], f"{file.name} of {module} imports {other}"
 
 
+@pytest.mark.parametrize("module", [*sorted(m for m in MODULES if RANK[m] < RANK["modeling"]), "modeling"])
+def test_no_import_goes_in_a_circle_through_the_auto_classes(module: str) -> None:
+    """Guards the registration: making a configuration's or AutoTokenizer's docstring, transformers imports the Auto
+    classes, and so `modeling`; what `modeling` needs must not want the class that is being made.
+    """
+    allowed = {"PreTrainedConfig"} | ({"AutoConfig", "AutoModelForCausalLM"} if module == "modeling" else set())
+    for file in files_of(module):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers"):
+                found = {a.name for a in node.names if a.name.startswith("Auto") or a.name.endswith("Config")}
+                assert found <= allowed, f"{file.name} of {module} imports {found}; import them where they are used"
+                assert "models." not in node.module, f"{file.name} of {module} imports from {node.module}"
+
+
 def test_the_import_finder_sees_imports() -> None:
     """The test above proves something: it finds the imports that are there, of each form."""
-    plugin = ast.parse((PACKAGE / "plugin.py").read_text(encoding="utf-8"))
-    assert {"decode", "draft", "modeling", "target"} <= imports(plugin)
+    plugin = ast.parse((PACKAGE / "plugin" / "__init__.py").read_text(encoding="utf-8"))
+    assert {"decode", "drafting", "modeling", "target"} <= imports(plugin, dots=2)
     assert imports(ast.parse("from . import tree\nimport hf_dovetail.cache\nfrom hf_dovetail.accept import walk")) == {
         "tree",
         "cache",
         "accept",
     }
+
+
+SCRIPTS = sorted(path for folder in ("benchmarks", "scripts", "examples") for path in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_script_imports_from_the_package_is_there(script: Path) -> None:
+    """Guards those that no test runs: a name that moved would be noticed by their next user."""
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "hf_dovetail":
+            for alias in node.names:
+                exec(f"from {node.module} import {alias.name}", {})

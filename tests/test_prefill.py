@@ -20,10 +20,10 @@ from transformers import DynamicCache, PreTrainedModel
 from two_devices import DEVICE, Accelerator, Remote, Stream
 
 from hf_dovetail import DovetailAssistantModel, prefill, prepare_target, restore_target
+from hf_dovetail.anatomy import decoder_layers
 from hf_dovetail.cache import GrowingCache, held_states, num_cache_layers
 from hf_dovetail.curves import MAX_ROWS
 from hf_dovetail.demo import demo_prompts, load_pair
-from hf_dovetail.dispatch import decoder_layers
 from hf_dovetail.engines import onednn
 from hf_dovetail.prefill import calls, measure, passes, upload
 from hf_dovetail.prefill.switch import streaming_of

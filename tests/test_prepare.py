@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TextIteratorStre
 from two_devices import DEVICE, Accelerator, Remote, held_bytes
 
 from hf_dovetail import DovetailAssistantModel, TreeShape, prepare, prepare_target, restore_target
+from hf_dovetail.anatomy import anatomy_of
 from hf_dovetail.demo import load_pair, pair_path
-from hf_dovetail.dispatch import Dispatch, anatomy_of, dispatch_of
+from hf_dovetail.dispatch import Dispatch, dispatch_of
 from hf_dovetail.engines import engine_of
 from hf_dovetail.learned import describe
 from hf_dovetail.packed import PackedWeight

@@ -274,7 +274,7 @@ def test_tensorboard_is_written_or_its_absence_said(target, windows, tmp_path: P
 
 def test_the_finished_folder_is_complete(target, windows, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(pair_path("target"))
-    extras = Extras(tokenizer, data=["plugin.py"])
+    extras = Extras(tokenizer, data=["target.py"])
     train_draft(new_draft(target), target, windows, replace(RECIPE, steps=2), tmp_path, extras=extras)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
@@ -282,7 +282,7 @@ def test_the_finished_folder_is_complete(target, windows, tmp_path: Path) -> Non
         "tokenizer_config.json",
     }  # fmt: skip
     card = (tmp_path / "README.md").read_text()
-    assert "| data | plugin.py |" in card
+    assert "| data | target.py |" in card
     assert "| learning_rate | 0.003 |" in card
     assert f"{len(windows)} windows of 32 tokens" in card
     assert json.loads((tmp_path / "recipe.json").read_text())["steps"] == 2

@@ -14,9 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from two_devices import DEVICE, Accelerator, Remote
 
 from hf_dovetail import DovetailAssistantModel, TreeShape, prepare, prepare_target
+from hf_dovetail.anatomy import anatomy_of
 from hf_dovetail.decode import Round
 from hf_dovetail.devices import to_device, to_host
-from hf_dovetail.dispatch import anatomy_of, dispatch_of
+from hf_dovetail.dispatch import dispatch_of
 from hf_dovetail.placement import Limits, planned
 
 ROUND_KIB, HEAD_ROUND_KIB = 80, 144  # of a 7 B shape with 16 nodes, in both directions

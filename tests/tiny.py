@@ -179,6 +179,21 @@ def prompt(length: int = 12, seed: int = 3) -> Tensor:
     return torch.randint(4, VOCAB, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
+CASES = ("fresh", "padded", "continued", "chunked")
+
+
+def prepared(case: str, target: PreTrainedModel) -> tuple[Tensor, dict[str, Any], int]:
+    """A prompt (1, n) in one of the `CASES`, what `generate` is given with it, and the first position that is new."""
+    ids = prompt()
+    if case == "padded":
+        ids = torch.nn.functional.pad(ids, (4, 0))
+        return ids, {"attention_mask": (ids != 0).long()}, 4
+    if case == "continued":
+        first = run(target, ids, max_new_tokens=8)
+        return torch.cat((first.sequences, prompt(4, seed=8)), dim=1), {"past_key_values": first.past_key_values}, 19
+    return ids, {"prefill_chunk_size": 5} if case == "chunked" else {}, 0
+
+
 def run(
     target: PreTrainedModel, ids: Tensor, draft: DovetailAssistantModel | None = None, seed: int = 5, **options: Any
 ) -> Any:

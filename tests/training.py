@@ -37,7 +37,7 @@ def load_target() -> PreTrainedModel:
 def python_windows() -> Windows:
     """Real Python of which every second token counts."""
     tokenizer = AutoTokenizer.from_pretrained(pair_path("target"))
-    text = (ROOT / "hf_dovetail" / "plugin.py").read_text()
+    text = (ROOT / "hf_dovetail" / "target.py").read_text()
     all_count = pack([encode(tokenizer, Record("here", text))], 32)
     return Windows(all_count.ids, all_count.ids % 2 == 0)
 

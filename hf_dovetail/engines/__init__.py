@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .. import prefill
+from ..anatomy import is_quantised
 from ..dispatch import dispatch_of
 from ..threads import chosen_threads
 from . import activations, exact, int4, int8, ipex, onednn
@@ -120,7 +121,7 @@ def stop_engine(model: PreTrainedModel) -> None:
 
 def why_not(model: PreTrainedModel) -> str | None:
     """Why no engine may touch the model, or None."""
-    if getattr(model.config, "quantization_config", None) is not None or getattr(model, "is_quantized", False):
+    if is_quantised(model):
         return "it is quantised already and runs on its own kernels"
     dispatch = dispatch_of(model)
     elsewhere = set() if dispatch is None else {dispatch.device.type}

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from ..grouped import MOST_ROWS, NAME, grouped_attention
+from ..grouped import MOST_ROWS, NAME, grouped_attention, takes_grouped
 from . import native
 
 _NO_MASK, _BOOL_MASK, _ADDED_MASK = range(3)
@@ -32,7 +33,8 @@ def exact_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface; what the kernel does not take is left to `grouped_attention`.
+    """transformers' attention interface; what the kernel does not take is left to `grouped_attention`, and the
+    rest, prompts above all, to transformers' sdpa.
 
     Args:
         query: (B, H, T, D). key, value: (B, G, S, D), H a multiple of G. attention_mask: (B, 1, T, S) bool or
@@ -44,9 +46,12 @@ def exact_attention(
     kernels, given = native.loaded()[0], (query, key, value, attention_mask)
     if torch.is_autocast_enabled("cpu"):  # what it left in another precision meets here
         given = [each if each is None or each.dtype == torch.bool else each.to(query.dtype) for each in given]
-    if kernels is None or dropout or not _takes(*given):
-        return grouped_attention(module, query, key, value, attention_mask, dropout, scaling, **options)
-    return _attend(kernels, *given, query.shape[3] ** -0.5 if scaling is None else scaling), None
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    if kernels is not None and not dropout and _takes(*given):
+        return _attend(kernels, *given, scale), None
+    if not dropout and takes_grouped(query, key, attention_mask):
+        return grouped_attention(query, key, value, attention_mask, scale), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
 
 
 def switch_on(model: PreTrainedModel) -> str | None:

@@ -9,7 +9,6 @@ from typing import Any
 from weakref import WeakSet
 
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..config import DovetailConfig
 from .files import hub_options, read_config, read_tensors
@@ -52,6 +51,9 @@ def read_published(
         config, state = published.config, published.state(tensors)
         config.name_or_path = source
         return config, state
+    # Here, since the Auto classes import `modeling`, which imports this module (see `register`).
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     if saved.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(
             f"{source} is no draft: its model_type is {saved.get('model_type')!r} and its tensors are of none of the "

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import PreTrainedConfig
 
 from ..config import ROPE_TYPES_KEPT, DovetailConfig, rope_parameters
 from .tables import BLOCK, BLOCK_EXTRAS, FORMATS, GEOMETRY, ROPE, SPECULATORS_TYPES, SUPPORTED, SWITCHES, Format, Key
@@ -174,6 +174,9 @@ def _text_config(stated: dict[str, Any], nested: bool) -> PreTrainedConfig:
 
     Without `rope_theta` that is 10000, in EAGLE's own code too.
     """
+    # Here, since these import the Auto classes, which import `modeling`, which imports this module (see `register`).
+    from transformers import LlamaConfig, Qwen3Config
+
     kind = stated.get("model_type", "llama")
     classes = {"llama": LlamaConfig, "qwen3": Qwen3Config}
     if nested and kind not in classes:

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..anatomy import decoder_layers, is_quantised
 from ..attention import IMPLEMENTATIONS, TESTED_TYPES
-from ..dispatch import decoder_layers
 from .measure import measured_threshold
 from .modules import unfit
 from .passes import Streaming
@@ -62,7 +62,7 @@ def why_not(model: PreTrainedModel, engine: str) -> str | None:
         return "there is no accelerator"
     if engine not in _ENGINES:
         return _OTHER_ENGINES[engine]
-    if getattr(model.config, "quantization_config", None) is not None or getattr(model, "is_quantized", False):
+    if is_quantised(model):
         return "the model is quantised, and its kernels are the CPU's"
     if text.model_type not in TESTED_TYPES:
         return f"models of type {text.model_type} were not tried; {', '.join(sorted(TESTED_TYPES))} were"

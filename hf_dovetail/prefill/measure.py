@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
+from ..anatomy import decoder_layers
 from ..curves import described_path
-from ..dispatch import decoder_layers
 from ..fingerprint import accelerator_name, cpu_name, geometry, versions
 from ..threads import chosen_threads, target_threads
 from .calls import BLOCK_ROWS, Blocks, Call

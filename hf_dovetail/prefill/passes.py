@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
+from ..anatomy import decoder_layers
 from ..cache import snapshot, streamable
 from ..curves import MAX_ROWS
-from ..dispatch import decoder_layers
 from ..packed import PackedWeight
 from .calls import Blocks, Call, DeviceStates
 from .modules import tensors_of, twin, unfit
