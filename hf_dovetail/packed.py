@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -41,16 +42,36 @@ class Kernel(Protocol):
 
 
 class PackedWeight(Tensor):
-    """A weight matrix held by a `Kernel`."""
+    """A weight matrix held by a `Kernel`.
+
+    Attributes:
+        ticket: (1,) int64, by which the operations of a compiled graph find the kernel (`TracedKernel`).
+        trainable: whether the weight that was packed required gradients, as its copies do again.
+    """
 
     kernel: Kernel
+    ticket: Tensor
+    trainable: bool = True
 
     @staticmethod
     def __new__(cls, kernel: Kernel) -> PackedWeight:
         """A tensor of the kernel's shape and precision, without storage."""
         weight = Tensor._make_wrapper_subclass(cls, kernel.shape, dtype=kernel.dtype, device="cpu")
-        weight.kernel = kernel
+        weight.kernel, weight.ticket = kernel, _ticket_of(kernel)
         return weight
+
+    def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
+        """What torch.compile traces this tensor by."""
+        return ["ticket"], self.dtype
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: Mapping[str, Tensor], dtype: torch.dtype, size: Any, stride: Any) -> Tensor:
+        """The tensor while it is traced."""
+        return cls(TracedKernel(inner["ticket"], torch.Size(size), dtype))
+
+    def _stable_hash_for_caching(self) -> str:
+        """What a compiled graph that is kept between processes depends on."""
+        return f"{type(self).__qualname__}{tuple(self.shape)}{self.dtype}"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None) -> Any:
@@ -90,12 +111,12 @@ class PackedWeight(Tensor):
     def __deepcopy__(self, memo: dict) -> Tensor:
         """An ordinary parameter: a copied model is not a prepared one."""
         if id(self) not in memo:
-            memo[id(self)] = torch.nn.Parameter(self.original(), requires_grad=False)
+            memo[id(self)] = torch.nn.Parameter(self.original(), requires_grad=self.trainable)
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled as an ordinary parameter, like a copy."""
-        return torch.nn.Parameter(self.original(), requires_grad=False).__reduce_ex__(protocol)
+        return torch.nn.Parameter(self.original(), requires_grad=self.trainable).__reduce_ex__(protocol)
 
     def __repr__(self, **options: Any) -> str:
         return f"PackedWeight({type(self.kernel).__name__}, shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -115,3 +136,80 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if torch.is_grad_enabled() and input.requires_grad:  # the kernels have no derivative
         return F.linear(input, weight.kernel.dense(), bias)
     return weight.kernel.linear(input, bias)
+
+
+class TracedKernel:
+    """Stands in for a kernel while torch.compile traces a model: each product becomes one operation of the graph.
+
+    The graph gets the ticket as an input, so that layers with weights of one shape can share it.
+
+    Args:
+        ticket: (1,) int64, perhaps a fake tensor.
+        shape, dtype: the matrix's.
+    """
+
+    lossless = False
+
+    def __init__(self, ticket: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
+        self.ticket, self.shape, self.dtype = ticket, shape, dtype
+
+    def linear(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., K) to (..., N)."""
+        return _packed_linear(rows, self.ticket, bias, self.shape[0])
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """(...) int64 to (..., K)."""
+        return _packed_lookup(ids, self.ticket, self.shape[1], self.dtype)
+
+    def dense(self) -> Tensor:
+        """(N, K)."""
+        return _packed_dense(self.ticket, *self.shape, self.dtype)
+
+
+_kernels: WeakValueDictionary[int, Kernel] = WeakValueDictionary()  # by their tickets
+
+
+def _ticket_of(kernel: Kernel) -> Tensor:
+    if isinstance(kernel, TracedKernel):
+        return kernel.ticket
+    _kernels[id(kernel)] = kernel
+    return torch.tensor([id(kernel)], dtype=torch.int64, device="cpu")
+
+
+def _operation(name: str, schema: str) -> Any:
+    return torch.library.custom_op(f"hf_dovetail::{name}", mutates_args=(), device_types="cpu", schema=schema)
+
+
+@_operation("packed_linear", "(Tensor rows, Tensor ticket, Tensor? bias, int outputs) -> Tensor")
+def _packed_linear(rows: Tensor, ticket: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    return _own(_kernels[int(ticket)].linear(rows, bias))
+
+
+@_operation("packed_lookup", "(Tensor ids, Tensor ticket, int inputs, ScalarType dtype) -> Tensor")
+def _packed_lookup(ids: Tensor, ticket: Tensor, inputs: int, dtype: torch.dtype) -> Tensor:
+    return _own(_kernels[int(ticket)].lookup(ids))
+
+
+@_operation("packed_dense", "(Tensor ticket, int outputs, int inputs, ScalarType dtype) -> Tensor")
+def _packed_dense(ticket: Tensor, outputs: int, inputs: int, dtype: torch.dtype) -> Tensor:
+    return _own(_kernels[int(ticket)].dense())
+
+
+def _own(result: Tensor) -> Tensor:
+    """A result as graphs expect it: contiguous, in memory of its own."""
+    return result.clone(memory_format=torch.contiguous_format)
+
+
+@_packed_linear.register_fake
+def _(rows: Tensor, ticket: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    return rows.new_empty(*rows.shape[:-1], outputs)
+
+
+@_packed_lookup.register_fake
+def _(ids: Tensor, ticket: Tensor, inputs: int, dtype: torch.dtype) -> Tensor:
+    return ids.new_empty(*ids.shape, inputs, dtype=dtype)
+
+
+@_packed_dense.register_fake
+def _(ticket: Tensor, outputs: int, inputs: int, dtype: torch.dtype) -> Tensor:
+    return ticket.new_empty(outputs, inputs, dtype=dtype)

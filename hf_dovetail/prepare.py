@@ -48,7 +48,7 @@ def prepare_target(
     """Choose how a target's layers run and where, in place, and return the target. `restore_target` undoes it.
 
     Args:
-        model: the target, on the CPU.
+        model: the target, on the CPU; inside torch.compile's or PEFT's wrapper too.
         engine: for the layers on the CPU: "eager" (as they are), one of `engines.ENGINES`, or "auto" for the first that
             can take the model without changing what it computes.
         vram_budget: memory of the accelerator for the draft and as many target layers as fit, in bytes or as in
@@ -57,14 +57,15 @@ def prepare_target(
         context: tokens of prompt and answer that caches are planned for; by default 2,048, or what the model takes.
 
     Raises:
-        ValueError: if the engine is unknown or cannot take this model; or if there is no accelerator, the model cannot
+        ValueError: if it is no model of transformers; if the engine is unknown or cannot take this model; or if there is no accelerator, the model cannot
             be placed on two devices, or the budget is no size or too small, saying what would fit.
     """
+    given, model = model, _unwrapped(model)
     check_engine(engine)
     budget = None if vram_budget is None else _bytes(vram_budget)
     if budget is None and dispatch_of(model) is None and engine == engine_of(model) != "eager":
         prefill.install(model, engine)
-        return model
+        return given
     restore_target(model)
     try:
         if budget is not None:
@@ -75,21 +76,36 @@ def prepare_target(
         raise
     if dispatch_of(model) is not None or engine_of(model) != "eager":
         model._apply = _Apply(model)
-    return model
+    return given
 
 
 def restore_target(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `prepare_target`, and return the model with its original modules and weights, bit for bit.
 
     Raises:
+        ValueError: if it is no model of transformers.
         RuntimeError: if the engine cannot give the weights back, saying why; the model then stays prepared.
     """
+    given, model = model, _unwrapped(model)
     stop_engine(model)
     dispatch = dispatch_of(model)
     if dispatch is not None:
         dispatch.undo(model)
     model.__dict__.pop("_apply", None)
-    return model
+    return given
+
+
+def _unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The model itself, inside torch.compile's or PEFT's wrapper: its parts are what an engine replaces."""
+    inner = model
+    while not isinstance(inner, PreTrainedModel):
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        else:
+            raise ValueError(f"the target is a {type(model).__name__}; expected a model of transformers")
+    return inner
 
 
 def plan_of(model: PreTrainedModel) -> Plan | None:

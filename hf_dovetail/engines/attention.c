@@ -6,6 +6,7 @@
  * - a score is summed over the width, one product after the other, in a lane of its own;
  * - exponents are summed in 16 lanes, a visible key's by its number among the visible ones;
  * - values are summed key by key; a key that is not seen has the weight 0 and adds nothing.
+ * A row that sees no key (padding, in a batch) gets zeros, as from torch's sdpa.
  * All sums are float32.
  */
 #include <math.h>
@@ -137,7 +138,11 @@ INLINE int sees(const Attention *a, const void *mask, long at) {
 TARGET static float soften(const Attention *a, const void *mask, float *scores) {
   const long keys = a->keys, old = keys - a->rows;
   long begin = 0;
-  while (begin < keys - 1 && !sees(a, mask, begin)) begin++;
+  while (begin < keys && !sees(a, mask, begin)) begin++;
+  if (begin == keys) {
+    for (long at = 0; at < keys; at++) scores[at] = 0.0f;
+    return 1.0f;
+  }
   __m512 most = _mm512_set1_ps(-INFINITY);
   for (long at = begin; at < keys; at += 16) {
     const __mmask16 there = first(keys - at);

@@ -45,7 +45,7 @@ class OneDnnKernel:
     def linear(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         """(..., K) to (..., N)."""
         if rows.dtype != self.dtype:  # by autocast
-            return F.linear(rows, self.dense(), bias)
+            return F.linear(rows, self.dense().to(rows.dtype), None if bias is None else bias.to(rows.dtype))
         count = rows.numel() // self.shape[1]
         if count >= self._least or count == 0:
             return _product(rows, self._packed, bias)

@@ -1,7 +1,7 @@
 """What the engines with quantised weights share: one product for siblings, what keeps its precision, the way back.
 
 A matrix quantises and multiplies (`Matrix`); here is which weights it gets, and how its product is shared among them.
-The LM head, embeddings and routers of experts keep their precision (`onednn`).
+The LM head, embeddings, routers of experts and adapters (PEFT's) keep their precision (`onednn`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from . import onednn
-from .swap import Swap
+from .swap import BASE_LAYER, Swap, adapter_paths
 
 LEVELS = 127
 """Largest quantised magnitude of activations, and of 8-bit weights."""
@@ -76,7 +76,7 @@ class QuantisedKernel:
     def linear(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         """(..., K) to (..., n)."""
         if rows.dtype not in (torch.bfloat16, torch.float32) or rows.numel() == 0:
-            return F.linear(rows, self.dense(), bias)
+            return F.linear(rows, self.dense().to(rows.dtype), None if bias is None else bias.to(rows.dtype))
         if len(self.matrix.places) == 1:
             output = self.matrix.product(rows.reshape(-1, self.shape[1]))
         else:
@@ -155,9 +155,14 @@ def why_not(model: PreTrainedModel) -> str | None:
 
 
 def prepare(model: PreTrainedModel, new_matrix: Callable[[], Matrix]) -> Swap:
-    """Quantise every linear weight of the model, in place, except the LM head, embeddings and routers."""
-    head = model.get_output_embeddings()
-    kept = {f"{path}.weight" for path, module in model.named_modules() if _keeps_precision(path, module, head)}
+    """Quantise every linear weight of the model, in place, except the LM head, embeddings, routers and adapters."""
+    head, adapters = model.get_output_embeddings(), adapter_paths(model)
+    head = getattr(head, BASE_LAYER, head)
+    kept = {
+        f"{path}.weight"
+        for path, module in model.named_modules()
+        if path in adapters or _keeps_precision(path.removesuffix(f".{BASE_LAYER}"), module, head)
+    }
     swap, stacks = QuantisedSwap(model), _Stacks(new_matrix)
 
     def pack(name: str, weight: Tensor, is_embedding: bool) -> QuantisedKernel | onednn.OneDnnKernel | None:
@@ -249,15 +254,20 @@ def _reread(model: PreTrainedModel, kernels: list[QuantisedKernel]) -> dict[int,
         loaded = type(model).from_pretrained(source, dtype=model.dtype, local_files_only=True, revision=revision)
     except (OSError, ValueError) as error:
         raise RuntimeError(f"{impossible}its checkpoint {source!r} can no longer be read ({error})") from error
-    weights = dict(loaded.named_parameters(remove_duplicate=False))
+    weights = {_own_name(name): weight for name, weight in loaded.named_parameters(remove_duplicate=False)}
     for kernel in kernels:
-        weight = weights.get(kernel.name)
+        weight = weights.get(_own_name(kernel.name))
         if weight is None or weight.dtype != kernel.dtype or fingerprint(weight.detach()) != kernel.fingerprint:
             raise RuntimeError(
                 f"{impossible}{kernel.name} in its checkpoint {source!r} is not the weight that was quantised; "
                 "load the model again"
             )
-    return {id(kernel): _Original(weights[kernel.name].detach()) for kernel in kernels}
+    return {id(kernel): _Original(weights[_own_name(kernel.name)].detach()) for kernel in kernels}
+
+
+def _own_name(name: str) -> str:
+    """A parameter's name in its model without adapters."""
+    return name.replace(f".{BASE_LAYER}.", ".")
 
 
 def fingerprint(weight: Tensor) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..packed import Kernel, PackedWeight
 
 _TRIM_BYTES = 16 << 20  # freed weights between two calls of `malloc_trim`
+BASE_LAYER = "base_layer"  # PEFT's name for a layer that it has wrapped
 _MADV_PAGEOUT = 21  # <asm-generic/mman-common.h>
 
 Pack = Callable[[str, Tensor, bool], Kernel | None]
@@ -56,6 +57,7 @@ class Swap:
                     continue
                 self._swapped.append(_Swapped(original, owners, kernel))
                 packed = nn.Parameter(PackedWeight(kernel), requires_grad=False)
+                packed.trainable = original.requires_grad
                 for module in owners:
                     module.weight = packed
                 _forget_pages(original, files)
@@ -90,8 +92,10 @@ class Swap:
 def _linear_weights(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
     """The plain parameters that are weights of `nn.Linear` modules, by name, each with all modules that share it.
 
-    A parameter that is also something else than a linear or an embedding weight is left out.
+    A parameter that is also something else than a linear or an embedding weight is left out, and so is an adapter's
+    that is being trained.
     """
+    adapters = adapter_paths(model)
     owners: dict[int, list[nn.Module]] = {}
     names: dict[int, str] = {}
     uses: dict[int, int] = {}
@@ -100,9 +104,21 @@ def _linear_weights(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
             uses[id(parameter)] = uses.get(id(parameter), 0) + 1
             if attribute == "weight" and isinstance(module, nn.Linear | nn.Embedding):
                 owners.setdefault(id(parameter), []).append(module)
-                if type(module) is nn.Linear and type(parameter) is nn.Parameter and parameter.layout == torch.strided:
+                plain = type(parameter) is nn.Parameter and parameter.layout == torch.strided
+                if type(module) is nn.Linear and plain and not (path in adapters and parameter.requires_grad):
                     names.setdefault(id(parameter), f"{path}.weight")
     return {name: tuple(owners[key]) for key, name in names.items() if uses[key] == len(owners[key])}
+
+
+def adapter_paths(model: nn.Module) -> set[str]:
+    """The modules that PEFT has put beside a model's own layers, which it keeps as `base_layer`."""
+    wrappers = [(path, module) for path, module in model.named_modules() if hasattr(module, BASE_LAYER)]
+    return {
+        f"{path}.{name}"
+        for path, module in wrappers
+        for name, _ in module.named_modules()
+        if name and name.partition(".")[0] != BASE_LAYER
+    }
 
 
 def _return_memory() -> int:
