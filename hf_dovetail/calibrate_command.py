@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .curves import CostCurves
+from .names import existing
 
 
 def add_calibrate_parser(commands: Any) -> None:
@@ -43,8 +44,8 @@ def run_calibrate(arguments: argparse.Namespace) -> None:
     if arguments.target is None:
         target, draft, _ = load_pair()
     else:
-        target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype="auto")
-        draft = DovetailAssistantModel.from_pretrained(arguments.draft, dtype="auto")
+        target = AutoModelForCausalLM.from_pretrained(existing("--target", arguments.target), dtype="auto")
+        draft = DovetailAssistantModel.from_pretrained(existing("--draft", arguments.draft), dtype="auto")
     prepare_target(target, engine=arguments.engine)
     curves = calibrate(target, draft, budget_s=arguments.budget_s)
     print(f"engine {engine_of(target)}\n{table(curves)}")

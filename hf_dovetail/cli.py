@@ -9,7 +9,8 @@ from pathlib import Path
 
 from .bench.command import add_bench_parser
 from .calibrate_command import add_calibrate_parser
-from .train_command import add_train_parsers, existing
+from .names import existing
+from .train_command import add_train_parsers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,12 +76,12 @@ def _generate(arguments: argparse.Namespace) -> None:
     from .modeling import DovetailAssistantModel
     from .prepare import prepare_target
 
-    tokenizer = AutoTokenizer.from_pretrained(existing(arguments.target))
+    tokenizer = AutoTokenizer.from_pretrained(existing("--target", arguments.target))
     target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype="auto")
     if isinstance(target, DovetailAssistantModel):
         raise ValueError(f"--target {arguments.target} is a draft; give the model that it drafts for")
     prepare_target(target, arguments.engine)
-    draft = DovetailAssistantModel.from_pretrained(existing(arguments.draft), dtype="auto")
+    draft = DovetailAssistantModel.from_pretrained(existing("--draft", arguments.draft), dtype="auto")
     inputs = tokenizer(arguments.prompt, return_tensors="pt")
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     target.generate(**inputs, assistant_model=draft, max_new_tokens=arguments.max_new_tokens, streamer=streamer)
@@ -91,8 +92,8 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     from .convert import convert_draft
 
-    target = None if arguments.target is None else existing(arguments.target)
-    print(convert_draft(existing(arguments.source), arguments.out, target))
+    target = None if arguments.target is None else existing("--target", arguments.target)
+    print(convert_draft(existing("the draft", arguments.source), arguments.out, target))
     print(f"the draft is in {arguments.out}")
 
 

@@ -54,8 +54,14 @@ class PackedWeight(Tensor):
     trainable: bool = True
 
     @staticmethod
-    def __new__(cls, kernel: Kernel) -> PackedWeight:
-        """A tensor of the kernel's shape and precision, without storage."""
+    def __new__(cls, kernel: Kernel, **options: Any) -> PackedWeight:
+        """A tensor of the kernel's shape and precision, without storage.
+
+        Raises:
+            RuntimeError: if it is asked for around other values, as accelerate does when it moves a parameter.
+        """
+        if isinstance(kernel, Tensor):
+            raise _would_change("moving it, or giving it other values,")
         weight = Tensor._make_wrapper_subclass(cls, kernel.shape, dtype=kernel.dtype, device="cpu")
         weight.kernel, weight.ticket = kernel, _ticket_of(kernel)
         return weight

@@ -57,8 +57,9 @@ def prepare_target(
         context: tokens of prompt and answer that caches are planned for; by default 2,048, or what the model takes.
 
     Raises:
-        ValueError: if it is no model of transformers; if the engine is unknown or cannot take this model; or if there is no accelerator, the model cannot
-            be placed on two devices, or the budget is no size or too small, saying what would fit.
+        ValueError: if it is no model of transformers; if the engine is unknown or cannot take this model; or if there
+            is no accelerator, the model cannot be placed on two devices, or the budget is no size or too small, saying
+            what would fit.
     """
     given, model = model, _unwrapped(model)
     check_engine(engine)

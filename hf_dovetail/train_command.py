@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .names import existing
 from .recipe import CHOICES, MEASURED_WIDTH, PAPER, Recipe, default_recipe, option_help
 
 if TYPE_CHECKING:
@@ -56,17 +57,6 @@ def add_train_parsers(commands: Any) -> None:
     capture.set_defaults(run=_capture)
 
 
-def existing(name: str) -> str:
-    """A folder or the name of a model; a path that is not there gets an error of its own.
-
-    Raises:
-        ValueError: if it is a path, and there is nothing.
-    """
-    if os.sep in name and not os.path.exists(name) and (name.startswith((os.sep, ".")) or name.count(os.sep) > 1):
-        raise ValueError(f"there is no folder {name}")
-    return name
-
-
 def _add_data(parser: argparse.ArgumentParser, target: str) -> None:
     parser.add_argument("--target", help=target)
     parser.add_argument("--data", nargs="+", default=(), help=_DATA_HELP)
@@ -103,7 +93,7 @@ def _load_target(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTra
 
     if not arguments.target:
         raise ValueError("give the target with --target")
-    tokenizer = AutoTokenizer.from_pretrained(existing(arguments.target))
+    tokenizer = AutoTokenizer.from_pretrained(existing("--target", arguments.target))
     return AutoModelForCausalLM.from_pretrained(arguments.target, dtype="auto"), tokenizer
 
 

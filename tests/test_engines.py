@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, pipeline
 
@@ -124,6 +125,53 @@ def test_a_prepared_model_is_saved_and_copied_like_any_other(tmp_path: Path) -> 
     assert engine_of(model) == ENGINE
 
 
+def test_a_copy_learns_what_the_model_would_have_learned() -> None:
+    """Guards a copy with frozen weights: a packed weight has no gradient, its copy is an ordinary parameter."""
+    model = tiny.build("llama", tie_word_embeddings=True)
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    prepare_target(model, engine=ENGINE)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} != trainable
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), restore_target(model)):
+        assert {name: p.requires_grad for name, p in other.named_parameters()} == trainable
+        other.train()(tiny.prompt(), labels=tiny.prompt()).loss.backward()
+        assert {name: p.grad is not None for name, p in other.named_parameters()} == trainable
+
+
+def test_training_a_prepared_model_says_what_does_not_learn(
+    ids: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = prepare_target(tiny.build("llama"), engine=ENGINE)
+    with caplog.at_level("WARNING", logger="hf_dovetail"):
+        model(ids, labels=ids).loss.backward()
+        with torch.no_grad():
+            model.train()(ids)
+        assert not caplog.messages
+        for _ in range(2):
+            model(ids, labels=ids).loss.backward()
+        assert len(caplog.messages) == 1
+        assert "22 of its weights are packed" in caplog.text
+        caplog.clear()
+        restore_target(model)(ids)
+        prepare_target(model.requires_grad_(False), engine=ENGINE)(ids)  # nothing would have learned anyway
+        copy.deepcopy(model).train()(ids)
+    assert not caplog.messages
+
+
+def test_a_padded_batch_has_the_answers_of_its_prompts() -> None:
+    target, _, tokenizer = load_pair(torch.float32)
+    tokenizer.padding_side = "left"
+    prompts = ["def add(a, b):\n", "import os\n\n\ndef read(path, mode):\n", "class A"]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    assert not batch.attention_mask.all()
+    prepare_target(target, engine=ENGINE)
+    together = target.generate(**batch, max_new_tokens=12, do_sample=False)
+    for prompt, row in zip(prompts, together, strict=True):
+        inputs = tokenizer(prompt, return_tensors="pt")
+        alone = target.generate(**inputs, max_new_tokens=12, do_sample=False)[0]
+        assert row[-12:].tolist() == alone[-12:].tolist()
+
+
 def test_what_would_break_a_prepared_model_is_refused_and_loses_nothing() -> None:
     model = prepare_target(load_target(), engine=ENGINE)
     logits = model(tiny.prompt()).logits
@@ -135,6 +183,7 @@ def test_what_would_break_a_prepared_model_is_refused_and_loses_nothing() -> Non
         lambda: model.model.half(),
         lambda: model.share_memory(),
         lambda: model.resize_token_embeddings(model.config.vocab_size + 4),
+        lambda: set_module_tensor_to_device(model.model.layers[0].mlp, "up_proj.weight", "meta"),
     ):
         with pytest.raises(RuntimeError, match="restore_target"):
             change()

@@ -84,6 +84,23 @@ def test_extreme_scores_and_broken_numbers() -> None:
     assert attend(query, key, value, allowed).isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_that_sees_nothing_is_zero_and_spoils_no_other(dtype: torch.dtype) -> None:
+    """Padding on the left of a batch: it gave NaN, which the next layer's rows then read."""
+    given = states((2, 4, 2, 5, 40, 16), dtype)
+    allowed = torch.rand(2, 1, 5, 40) > 0.3
+    allowed[0, 0, :2] = allowed[1, 0, 4] = False
+    allowed[0, 0, 2:, -1] = True
+    found, added = attend(*given, allowed), torch.zeros(allowed.shape, dtype=dtype)
+    unseen = ~allowed.any(-1)[:, 0]
+    assert unseen.sum() == 3
+    assert not found[unseen].any()
+    assert found[~unseen].isfinite().all()
+    assert (found - reference(*given, allowed))[~unseen].abs().max() < 0.02
+    added.masked_fill_(~allowed, torch.finfo(dtype).min)
+    assert torch.equal(attend(*given, added), found)
+
+
 def tree_of(context: int, skipped: int) -> tuple[Tensor, list[list[int]]]:
     """(1, 1, T, context + T) mask of a tree whose rows do not see the first `skipped` keys, and what each row sees."""
     rows = len(PARENTS)

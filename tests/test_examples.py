@@ -73,6 +73,9 @@ def test_bad_use_ends_with_one_clear_line(tmp_path: Path) -> None:
         (("generate", "--target", pair, "--draft", str(tmp_path), "x"), "holds no config.json"),
         (("generate", "--target", str(pair_path("draft")), "--draft", pair, "x"), "is a draft; give the model"),
         (("generate", "--target", "/no/such/folder", "--draft", pair, "x"), "there is no folder /no/such/folder"),
+        (("calibrate", "--target", pair, "--draft", "../no/folder"), "--draft: there is no folder ../no/folder"),
+        (("bench", "--target", "/no/such/folder", "--draft", pair), "--target: there is no folder /no/such/folder"),
+        (("bench", "--target", pair, "--draft", pair, "--assistant", str(short)), "short.txt is a file; expected"),
         (("train", "--target", pair, "--data", str(short), "--out", str(tmp_path)), "at least one window of 256"),
         (("train", "--target", str(pair_path("target")), "--data", str(broken), "--out", str(tmp_path)), "line 2"),
     ]

@@ -28,6 +28,7 @@ LAYERS = (
         "eight_bits",
         "placement",
         "anatomy",
+        "names",
     ),
     ("accept", "cache", "attention", "dispatch", "blocks", "levels", "costs", "formats"),
     ("weights", "recast", "probe", "controller", "stats", "prefill"),

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..names import existing
+
 DEFAULT_OUT = "bench.json"
 
 
@@ -69,6 +71,9 @@ def run_bench(arguments: argparse.Namespace) -> None:
     settings = _settings(arguments)
     if arguments.plot:
         check_can_plot(arguments.plot)
+    for option in ("target", "draft", "assistant"):
+        if getattr(arguments, option) is not None:
+            existing(f"--{option}", getattr(arguments, option))
     out = Path(arguments.out)
     if not out.parent.is_dir():
         raise ValueError(f"--out is {arguments.out!r}, but there is no folder {out.parent}")

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..packed import Kernel, PackedWeight
+
+logger = logging.get_logger(__name__)
 
 _TRIM_BYTES = 16 << 20  # freed weights between two calls of `malloc_trim`
 BASE_LAYER = "base_layer"  # PEFT's name for a layer that it has wrapped
@@ -70,6 +73,7 @@ class Swap:
             raise
         _return_memory()
         self._hooks.append(model.register_state_dict_post_hook(_unpack_state))
+        self._hooks.append(model.register_forward_pre_hook(_TrainingWarning()))
         return len(self._swapped)
 
     @property
@@ -87,6 +91,25 @@ class Swap:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+
+class _TrainingWarning:
+    """A forward hook that says, once, that packed weights do not learn."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def __call__(self, model: nn.Module, args: tuple) -> None:
+        if self._said or not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        self._said = True
+        frozen = sum(isinstance(each, PackedWeight) and each.trainable for each in model.parameters())
+        if frozen:
+            logger.warning(
+                "this model trains while it is prepared, and %d of its weights are packed and stay as they are; to "
+                "train them, call hf_dovetail.restore_target(model) first",
+                frozen,
+            )
 
 
 def _linear_weights(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:

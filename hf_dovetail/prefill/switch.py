@@ -67,7 +67,8 @@ def streaming_of(decoder: nn.Module) -> Streaming | None:
 def _decode(decoder: nn.Module, *args: Any, **named: Any) -> Any:
     """Stands in for the decoder's forward while it is switched on."""
     plain = partial(type(decoder).forward, decoder)
-    streaming = _streamings.get(decoder)  # None for a copy of the model
+    # None for a copy of the model; torch.compile cannot trace the look-up
+    streaming = None if torch.compiler.is_compiling() else _streamings.get(decoder)
     if streaming is None or not _may_stream(decoder, streaming, named):
         return plain(*args, **named)
     streamed = StreamedPass(streaming, decoder)
@@ -99,7 +100,6 @@ def _may_stream(decoder: nn.Module, streaming: Streaming, named: dict[str, Any])
         streaming.failed
         or torch.is_grad_enabled()
         or decoder.training
-        or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
         or config._attn_implementation not in IMPLEMENTATIONS
         or any(getattr(config, name, False) if named.get(name) is None else named[name] for name in _OUTPUTS)
@@ -108,7 +108,7 @@ def _may_stream(decoder: nn.Module, streaming: Streaming, named: dict[str, Any])
 
 def _layer(layer: nn.Module, *args: Any, **named: Any) -> Any:
     """Stands in for a layer's forward while its decoder is switched on."""
-    now = current.get()
+    now = None if torch.compiler.is_compiling() else current.get()
     if now is None or not now.takes(layer, args, named):
         return type(layer).forward(layer, *args, **named)
     return now.run(layer, args, named)
