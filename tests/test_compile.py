@@ -66,6 +66,9 @@ def test_the_generated_code_of_a_prepared_model_gives_its_logits(ids: Tensor) ->
     torch.testing.assert_close(logits(compiled, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.xfail(
+    torch.__version__ < "2.9", reason="torch 2.8 cannot trace the attention of a model prepared after torch.compile"
+)
 def test_a_graph_follows_its_model_from_engine_to_engine(ids: Tensor) -> None:
     """Compiled first, prepared and restored afterwards, by the wrapper and by the model."""
     model = tiny.build("llama", num_hidden_layers=1)
