@@ -20,9 +20,9 @@ from transformers.utils import logging
 from .accept import walk
 from .acceptance import Acceptance
 from .config import TreeShape
-from .controller import LARGEST
 from .curves import MAX_ROWS, ROW_POINTS, CostCurves
 from .draft import DraftSession
+from .experience import LARGEST
 from .learned import keep
 from .modeling import DovetailAssistantModel
 from .target import Context, FeatureTap, Target, TreeTarget, open_target

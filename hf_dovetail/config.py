@@ -15,6 +15,7 @@ FUSIONS = ("dgf", "eagle", "eagle3", "none")
 MAX_BLOCKS = 6
 ROPE_TYPES_KEPT = ("default", "linear", "llama3", "yarn")
 _EAGLE3_ONLY = (
+    "own_head",
     "draft_vocab_size",
     "norm_before_residual",
     "norm_before_fc",
@@ -78,6 +79,7 @@ class DovetailConfig(PreTrainedConfig):
             the layers whose inputs it reads, or None for EAGLE-3's own choice (`eagle3_layers`).
         fusion_bias: whether "eagle"'s product has a bias.
         own_embeddings: whether the checkpoint holds embeddings, in place of the target's.
+        own_head: whether it holds an LM head, in place of the target's; None: with "eagle3" only, which alone may.
         draft_vocab_size: tokens that an "eagle3" draft can propose; None: all of the target's.
         norm_before_residual, norm_before_fc, fc_norm, norm_output: variants of "eagle3", see `blocks`.
         qk_norm: whether queries and keys are normalised per head (Qwen 3).
@@ -118,6 +120,7 @@ class DovetailConfig(PreTrainedConfig):
     feature_layers: list[int] | None = None
     fusion_bias: bool = False
     own_embeddings: bool = False
+    own_head: bool | None = None
     draft_vocab_size: int | None = None
     norm_before_residual: bool = False
     norm_before_fc: bool = False
@@ -142,6 +145,8 @@ class DovetailConfig(PreTrainedConfig):
             self.attention_out_bias = self.attention_bias
         if self.feature_layers is None and self.fusion != "eagle3":
             self.feature_layers = [] if self.fusion == "none" else [-1]
+        if self.own_head is None:
+            self.own_head = self.fusion == "eagle3"
         _check_features(self)
         _check_eagle3(self)
         super().__post_init__(**kwargs)
@@ -177,7 +182,7 @@ class DovetailConfig(PreTrainedConfig):
             rope_parameters=rope_parameters(text),
             fusion=fusion,
             feature_layers=_new_eagle3_layers(text.num_hidden_layers) if fusion == "eagle3" else None,
-            **describe_head(target, fusion),
+            **describe_head(target, own_head=fusion == "eagle3"),
             **describe_target(target),
         )
 
@@ -192,7 +197,7 @@ class DovetailConfig(PreTrainedConfig):
             num_attention_heads=text.num_attention_heads,
             max_position_embeddings=_max_positions(text),
             fusion="none",
-            **describe_head(lm, "none"),
+            **describe_head(lm),
             causal_lm=lm.to_dict(),
             **{name: getattr(text, name, None) for name in _SPECIAL_TOKENS},
         )
@@ -210,9 +215,9 @@ def describe_target(target: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def describe_head(target: PreTrainedConfig, fusion: str) -> dict[str, Any]:
+def describe_head(target: PreTrainedConfig, own_head: bool = False) -> dict[str, Any]:
     """The fields that say what happens behind the LM head: what the target does, unless the draft has its own head."""
-    if fusion == "eagle3":
+    if own_head:
         return {}
     text = target.get_text_config(decoder=True)
     return {
@@ -266,10 +271,15 @@ def _check_eagle3(config: DovetailConfig) -> None:
     if size is not None and not 1 <= size <= config.vocab_size:
         raise ValueError(f"draft_vocab_size is {size}; expected 1 to the target's vocab_size of {config.vocab_size}")
     wide = config.target_hidden_size
-    if wide is not None and wide != config.hidden_size and not config.own_embeddings:
+    if wide is not None and wide != config.hidden_size and not (config.own_embeddings and config.own_head):
         raise ValueError(
             f"hidden_size is {config.hidden_size} and the target's is {wide}; a draft of another width needs "
-            "embeddings of its own (own_embeddings)"
+            "embeddings and an LM head of its own (own_embeddings, own_head)"
+        )
+    if size is not None and not config.own_head:
+        raise ValueError(
+            f"draft_vocab_size is {size}, but the target's LM head, which ranks all {config.vocab_size} tokens, is "
+            "the draft's too (own_head)"
         )
 
 

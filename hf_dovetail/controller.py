@@ -16,16 +16,15 @@ import numpy as np
 from torch import Tensor
 
 from .accept import Accepted
-from .acceptance import Acceptance, corrected
+from .acceptance import corrected
 from .config import TreeShape
 from .costs import Costs
 from .curves import MAX_ROWS
-from .lookup import CLASSES, SAYS, match_class
+from .experience import LARGEST, RETENTION, Experience
+from .lookup import SAYS, match_class
 from .tree import DraftTree
+from .worth import gains_of, nodes_of, sums_of, worth_of
 
-LARGEST = TreeShape(nodes=MAX_ROWS - 1, depth=19, top_k=10)
-"""What `tree = "auto"` may choose: with the root as many rows as the curves reach; paths of 20 nodes, which a
-draft that is right 97 times in 100 reaches every other time; the paper's width."""
 PROBE = (TreeShape(), TreeShape(0), TreeShape(7, 4, 10), TreeShape(0), TreeShape(MAX_ROWS - 1, 10, 10))
 """The first rounds on a machine without curves. They decode like any round, so measuring costs almost nothing."""
 
@@ -40,11 +39,7 @@ _LOOK_SHARE = 0.02  # of the time of plain decoding that looks may take
 _LOOK_NODES = 7  # largest tree that a look verifies against its own judgement
 _LOOK_COST = 1.25  # most that its verification may cost, in plain ones
 _SPARE_NODES = (1.5, 4)  # times and plus what was verified of late: a smaller tree has narrower levels
-_IMPOSSIBLE = np.float32(-1e4)  # the log-probability of what overflowed
 _LOOKAHEAD = 3  # levels that the next one is judged together with; depths beyond the best that looks go to
-_RETENTION = (0.7, 1.0)  # of a level's probability in the next, and the weight of this guess, before rounds say more
-
-
 _LOOKED_UP = np.log(SAYS)
 
 
@@ -59,26 +54,6 @@ class Found:
 
     tokens: Sequence[int] = ()
     match: int = 0
-
-
-class Experience:
-    """What rounds of one kind (greedy or sampled) have shown of one draft on one target; shared by calls."""
-
-    def __init__(self) -> None:
-        self.acceptance = Acceptance(LARGEST.levels, LARGEST.top_k)
-        self.lookups = Acceptance(LARGEST.levels, CLASSES, keep=0.9, ordered=False)
-        """Of looked-up tokens, by class of match in place of the rank; texts are copied in episodes."""
-        self.unverified = 0  # plain rounds since the last tree
-        self.probed = 0  # rounds of `PROBE` done
-        self.tokens = self.ms = 0.0  # of rounds with a tree: the pace
-        self.advantage: float | None = None  # of a tree over plain decoding, in tokens a round; expected
-        self.proof = self.proofs = 0.0  # the same in real tokens: sum and number of rounds
-        self.nodes = float(LARGEST.nodes)  # verified in trees of late
-        self.pause = self.wait = 0  # tokens: of plain decoding between two looks, and until the next
-        levels = LARGEST.levels + 1
-        self.mass, self.kept = np.full(levels, _RETENTION[1]), np.full(levels, _RETENTION[0] * _RETENTION[1])
-        self.gains: dict[int, float] = {}  # by levels, of `_DEPTHS`: what the tree won over that of the entry before
-        self.planned = self.deeper = 0  # rounds since one was deeper than seemed best, and how many were
 
 
 class Controller:
@@ -222,7 +197,7 @@ class AutoController(Controller):
                 values[n] = worth - n * price * self._costs.level.value
         if not values:  # what the first guess of a level's gain says
             level_price = price * self._costs.level.value
-            gains = np.cumprod(np.full(max(possible), _RETENTION[0])).cumsum()
+            gains = np.cumprod(np.full(max(possible), RETENTION)).cumsum()
             return max(possible, key=lambda levels: gains[levels - 1] - levels * level_price)
         best = self._usual = max(values, key=values.__getitem__)
         deeper = [levels for levels in possible if levels > best]
@@ -234,9 +209,6 @@ class AutoController(Controller):
                 experience.deeper += 1
                 return look
         return best
-
-    def _retention(self, level: int) -> float:
-        return float(self._experience.kept[level] / self._experience.mass[level])
 
     def _keep_going(self, level: int, scores: Tensor, depths: Tensor) -> bool:
         self._times.append(self._clock())
@@ -263,12 +235,12 @@ class AutoController(Controller):
         if float(frontier.sum()) <= level_price:  # not even if every frontier node had a certain child
             return False
         rows = price * self._rows[1:]  # by number of nodes, in tokens
-        now = _worth(self._best, rows)
+        now = worth_of(self._best, rows)
         best, ahead = self._best, frontier
         for step in range(1, min(_LOOKAHEAD, self._plan.levels - level) + 1):
-            ahead = ahead * self._retention(min(level + step - 1, len(self._experience.mass) - 1))
+            ahead = ahead * self._experience.retention(min(level + step - 1, len(self._experience.mass) - 1))
             best = np.sort(np.concatenate((best, ahead)))[:-MAX_ROWS:-1]
-            if _worth(best, rows) - step * level_price > now:
+            if worth_of(best, rows) - step * level_price > now:
                 return True
         return False
 
@@ -276,11 +248,11 @@ class AutoController(Controller):
         """The nodes that are worth their verification, the draft's and those that were looked up."""
         drafted = tree.num_nodes
         self._found = found = Found() if self._forced else found
-        gains = _gains(tree, self.shifts)
+        gains = gains_of(tree, self.shifts)
         if self._plan.nodes and not self._on_host:
-            self._learn_depths(tree, _sums(tree, gains))
+            self._learn_depths(tree, sums_of(tree, gains))
         tree, gains = self._with_found(tree, gains, found, most)
-        scores = _sums(tree, gains)
+        scores = sums_of(tree, gains)
         order = np.argsort(-scores, kind="stable")
         chances = np.exp(scores[order[: MAX_ROWS - 1]])
         nodes = tree.num_nodes if self._forced else min(self._best_number(chances), most.nodes)
@@ -326,7 +298,7 @@ class AutoController(Controller):
         with self._costs.lock:
             for levels in _DEPTHS:
                 if levels <= self._plan.levels:
-                    worth = _worth(chances[depths <= levels], self._price * self._rows[1:])
+                    worth = worth_of(chances[depths <= levels], self._price * self._rows[1:])
                     share = 0.1 if levels <= self._usual else 0.25  # these are seen seldom
                     gains[levels] = (1 - share) * gains.get(levels, worth - before) + share * (worth - before)
                     before = worth
@@ -402,7 +374,7 @@ class AutoController(Controller):
             experience, own = self._experience, slice(self._own)
             kept = np.zeros(tree.num_nodes + 1, dtype=bool)
             kept[list(accepted.path)] = True
-            log_probs, ranks, depths, parents = (values[own] for values in _nodes(tree))
+            log_probs, ranks, depths, parents = (values[own] for values in nodes_of(tree))
             tried = kept[parents]
             experience.acceptance.learn(
                 log_probs[tried], ranks[tried], depths[tried], kept[1:][own][tried], 1 + experience.unverified
@@ -422,44 +394,8 @@ class AutoController(Controller):
             self._experience.lookups.learn(log_probs, ranks, np.arange(1, count + 1), np.array(right))
 
 
-def _nodes(tree: DraftTree) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of the proposed nodes, (N,) each: log-probabilities given their parents, ranks among siblings, depths, parents.
-
-    Siblings stand in the order of their probability, and a node is only there with those before it; what was looked
-    up stands behind all others.
-    """
-    sums, parents = tree.log_probs.numpy()[0], tree.parents.numpy()[0, 1:]
-    log_probs = np.maximum(sums[1:], _IMPOSSIBLE) - np.maximum(sums[parents], _IMPOSSIBLE)
-    return np.minimum(log_probs, 0.0), tree.ranks.numpy()[0, 1:], tree.depths.numpy()[0, 1:], parents
-
-
-def _gains(tree: DraftTree, shifts: np.ndarray) -> np.ndarray:
-    """(N,) corrected log-probabilities of the draft's nodes given their parents."""
-    log_probs, ranks, depths, _ = _nodes(tree)
-    return corrected(log_probs, shifts[depths - 1, ranks])
-
-
-def _sums(tree: DraftTree, gains: np.ndarray) -> np.ndarray:
-    """(N,) scores of nodes with these `gains` (N,): those of their paths; no child's is above its parent's."""
-    sums = np.zeros(len(gains) + 1)
-    for node, (parent, gain) in enumerate(zip(tree.parents.numpy()[0, 1:], gains, strict=True), start=1):
-        sums[node] = sums[parent] + gain
-    return sums[1:]
-
-
 def _within(shape: TreeShape, most: TreeShape) -> TreeShape:
     """The part of `shape` that `most` allows."""
     if shape.nodes == 0 or most.nodes == 0:
         return TreeShape(0, 0, most.top_k)
     return TreeShape(min(shape.nodes, most.nodes), min(shape.depth, most.depth), min(shape.top_k, most.top_k))
-
-
-def _worth(chances: np.ndarray, rows: np.ndarray) -> float:
-    """Expected accepted tokens minus the price of their verification, at the best number of nodes.
-
-    Args:
-        chances: (C,) of the nodes, surest first.
-        rows: (R,) price in tokens of verifying 0, 1, 2, ... nodes.
-    """
-    gains = chances[: len(rows) - 1].cumsum()
-    return max(float((gains - rows[1 : len(gains) + 1]).max(initial=-np.inf)), -float(rows[0]))

@@ -71,7 +71,7 @@ def _settle(draft: DovetailAssistantModel, target: PreTrainedConfig, name: str) 
     """Enter the target into the draft's configuration, and leave out what is the target's own."""
     config = draft.config
     check_fits_config(config, target, name)
-    fields = {**describe_target(target), **describe_head(target, config.fusion)}
+    fields = {**describe_target(target), **describe_head(target, config.own_head)}
     if config.fusion == "eagle3":
         fields["feature_layers"] = list(feature_layers(config, target))
     for field, value in fields.items():
@@ -99,6 +99,8 @@ def _summary(config: DovetailConfig) -> str:
         layers = config.feature_layers
         parts.append(f"reads the inputs of layers {'2, n // 2, n - 3' if layers is None else str(layers)[1:-1]}")
     parts.append("embeddings of its own" if config.own_embeddings else "the target's embeddings")
+    if config.fusion == "eagle3" and not config.own_head:
+        parts.append("the target's LM head")
     return ", ".join(parts)
 
 

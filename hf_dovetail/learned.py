@@ -15,11 +15,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .controller import AutoController, Experience
+from .controller import AutoController
 from .costs import Costs
 from .curves import CostCurves, curves_path, load_curves, save_curves
 from .dispatch import dispatch_of
 from .engines import engine_of
+from .experience import Experience
 from .fingerprint import accelerator_name, cpu_name, geometry, versions
 from .modeling import DovetailAssistantModel
 from .threads import chosen_threads

@@ -64,12 +64,10 @@ def best_continuations(
     logits = stepper.logits(hidden)[0]
     if choice is not None:
         logits = choice.perturbed(logits, level, stepper.target_ids)
-    log_probs = logits.log_softmax(dim=-1)
-    values, tokens = log_probs.topk(min(count, log_probs.shape[-1]), dim=-1)
-    tokens = tokens if stepper.target_ids is None else stepper.target_ids[tokens]
-    return values.nan_to_num(
-        nan=float("-inf"), neginf=float("-inf")
-    ), tokens  # an overflow costs acceptance, not the answer
+    best, tokens = logits.topk(min(count, logits.shape[-1]), dim=-1)
+    log_probs = best - logits.logsumexp(dim=-1, keepdim=True)
+    log_probs = log_probs.nan_to_num(nan=float("-inf"), neginf=float("-inf"))  # an overflow costs acceptance only
+    return log_probs, tokens if stepper.target_ids is None else stepper.target_ids[tokens]
 
 
 def expand_on_host(

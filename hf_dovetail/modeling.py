@@ -89,7 +89,7 @@ class DovetailAssistantModel(DraftNetwork):
             )
         draft = cls(config)
         draft.reset_parameters()
-        if config.fusion == "eagle3":
+        if config.own_head:
             draft.lm_head.weight.data.copy_(target.get_output_embeddings().weight)
         draft.tokenizer_source = target.name_or_path
         return draft.to(target.dtype).eval()

@@ -62,6 +62,7 @@ class DraftNetwork(PreTrainedModel):
             self.embed_tokens.weight.requires_grad_(False)  # as in all published training code
         if config.fusion == "eagle3":
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.own_head:
             self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size or config.vocab_size, bias=False)
             if config.draft_vocab_size:
                 self.register_buffer("vocabulary", torch.full((config.draft_vocab_size,), -1))
@@ -221,12 +222,14 @@ class DraftNetwork(PreTrainedModel):
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, T, V) float32 logits of (B, T, h) hidden states, through the target's LM head.
 
-        EAGLE-3 has a norm and a head of its own, which ranks the tokens of `target_ids`.
+        EAGLE-3 has a norm of its own, and mostly a head, which ranks the tokens of `target_ids`.
         """
+        if self.config.fusion == "eagle3" and not self.config.norm_output:
+            hidden = self.norm(hidden)
         if self.config.fusion == "none":
             logits = self.lm.get_output_embeddings()(hidden)[..., : self.known_tokens].float()
-        elif self.config.fusion == "eagle3":
-            logits = self.lm_head(hidden if self.config.norm_output else self.norm(hidden)).float()
+        elif self.config.own_head:
+            logits = self.lm_head(hidden).float()
         else:
             logits = multiply(hidden, self._weights.head, self._weights.bias).float()
         return finish_logits(logits, self.config.logit_scale, self.config.final_logit_softcapping)

@@ -21,10 +21,10 @@ from transformers.utils import logging
 from . import prefill
 from .anatomy import Anatomy, anatomy_of, nbytes_of
 from .config import TreeShape
-from .controller import LARGEST
 from .devices import HOST, resolve_device
 from .dispatch import Dispatch, dispatch_of
 from .engines import check_engine, engine_of, start_engine, stop_engine
+from .experience import LARGEST
 from .levels import tree_rows
 from .modeling import DovetailAssistantModel
 from .placement import DraftSizes, Limits, Plan, TargetSizes, plan, shown
@@ -187,7 +187,7 @@ def draft_sizes_of(draft: DovetailAssistantModel, target: PreTrainedModel) -> Dr
         prompt_row=2 * features,
         working=_CHUNK * size * 3 * (text.hidden_size + _inner_size(text)) + 12 * shape.top_k * text.vocab_size,
         shares_embedding=fused and not config.own_embeddings,
-        shares_head=fused and config.fusion != "eagle3",
+        shares_head=fused and not config.own_head,
     )
 
 

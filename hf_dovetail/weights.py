@@ -109,7 +109,7 @@ def _shared_tensors(target: PreTrainedModel, config: DovetailConfig) -> dict[str
     tensors = {}
     if not config.own_embeddings:
         tensors["embedding"] = _embedding(target)
-    if config.fusion != "eagle3":  # which has a head of its own
+    if not config.own_head:
         head = target.get_output_embeddings()
         if head is None or getattr(head, "weight", None) is None:
             raise ValueError(

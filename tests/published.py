@@ -78,7 +78,8 @@ class Case:
         kind: "dgf", "eagle", "eagle3" or "speculators".
         geometry, blocks: of its blocks.
         extra: what its configuration says besides, at the top level.
-        options: "bias" (of `fc`), "embeddings", "full" (the whole vocabulary), "input_norm", "fc_norm", "head".
+        options: "bias" (of `fc`), "embeddings", "full" (the whole vocabulary), "input_norm", "fc_norm", "head",
+            "headless" (EAGLE-3 without an LM head of its own).
         file: "bin", "safetensors" or "sharded".
         layers: the layers whose inputs it reads; None: the last hidden state.
         family: of its target.
@@ -146,7 +147,8 @@ class Case:
             shapes["fc.weight"] = (wide, len(self.layers) * self.target_width if self.recurrent else 2 * wide)
         if self.recurrent:
             rows = VOCAB if "full" in options else DRAFT_VOCAB
-            shapes |= {"norm.weight": (wide,), "lm_head.weight": (rows, wide)}
+            shapes |= {"norm.weight": (wide,)}
+            shapes |= {} if "headless" in options else {"lm_head.weight": (rows, wide)}
             shapes[self.first + "hidden_norm.weight"] = shapes[self.first + "input_layernorm.weight"] = (wide,)
         for block in range(self.blocks):
             name = f"layers.{block}." if block else self.first
@@ -213,6 +215,13 @@ CASES = {
         family="qwen3",
     ),
     "eagle3-full": Case("eagle3", LLAMA_3, extra={"draft_vocab_size": VOCAB}, options=("full",), layers=(2, 4, 5)),
+    "eagle3-headless": Case(
+        "speculators",
+        LLAMA_31,
+        extra={"draft_vocab_size": VOCAB, "norm_before_residual": False},  # as NVIDIA's for gpt-oss
+        options=("full", "headless"),
+        layers=(2, 4, 5),
+    ),
     "eagle3-narrow": Case(
         "eagle3",
         VICUNA,
@@ -330,7 +339,7 @@ class Reference:
             return hidden @ self.target.get_output_embeddings().weight.T
         if not self.case.extra.get("norm_output"):
             hidden = self.norm(hidden, "norm")
-        found = hidden @ self.weights["lm_head.weight"].T
+        found = hidden @ self.weights.get("lm_head.weight", self.target.get_output_embeddings().weight).T
         if "full" in self.case.options:
             return found
         logits = found.new_full((VOCAB,), float("-inf"))

@@ -17,12 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
 from hf_dovetail import plugin as plugin_module
-from hf_dovetail.controller import LARGEST, PROBE, AutoController, Experience
+from hf_dovetail.controller import PROBE, AutoController
 from hf_dovetail.costs import Costs
 from hf_dovetail.curves import ROW_POINTS, CostCurves
 from hf_dovetail.decode import Round
 from hf_dovetail.demo import demo_prompts, load_pair
 from hf_dovetail.drafting import Drafting
+from hf_dovetail.experience import LARGEST, Experience
 from hf_dovetail.learned import learned_of
 from hf_dovetail.lookup import Lookup
 

@@ -15,12 +15,14 @@ import torch
 from hf_dovetail import TreeShape
 from hf_dovetail.accept import Accepted
 from hf_dovetail.acceptance import Acceptance, corrected
-from hf_dovetail.controller import LARGEST, PROBE, AutoController, Experience, Found, _gains, _nodes, _sums
+from hf_dovetail.controller import PROBE, AutoController, Found
 from hf_dovetail.costs import WINDOW, Costs, Estimate
 from hf_dovetail.curves import MAX_ROWS, ROW_POINTS, CostCurves
 from hf_dovetail.decode import Round
 from hf_dovetail.demo import load_pair
+from hf_dovetail.experience import LARGEST, Experience
 from hf_dovetail.tree import DraftTree
+from hf_dovetail.worth import gains_of, nodes_of, sums_of
 
 ROWS = tuple(range(1, MAX_ROWS + 1))
 MACHINES: dict[str, Callable[[int], float]] = {
@@ -138,7 +140,7 @@ def play(
         shape = controller.plan(LARGEST, 0, 3, remaining)
         levels, tree = 0, DraftTree.root_only(torch.zeros(1, 1, dtype=torch.long))
         if shape.nodes:
-            scores = _sums(r.tree, _gains(r.tree, controller.shifts))
+            scores = sums_of(r.tree, gains_of(r.tree, controller.shifts))
             levels = 1 if on_host else shape.levels
             while on_host and levels < shape.levels:
                 depths, order = r.tree.depths[0, 1:].sort(stable=True)
@@ -316,8 +318,8 @@ def test_corrected_scores_keep_trees_whole(seed: int) -> None:
         log_probs[node] = log_probs[parents[node]] - rng.choice([0.0, 1e-7, 0.2]) - 0.5 * ranks[node]
     tree = DraftTree(torch.arange(24)[None], torch.tensor([parents]), torch.from_numpy(log_probs)[None])
     shifts = np.minimum.accumulate(rng.normal(0, 3, (24, 10)).astype(np.float32), axis=1)
-    scores = np.concatenate(([0.0], _sums(tree, _gains(tree, shifts))))
-    found, own_ranks, depths, _ = _nodes(tree)
+    scores = np.concatenate(([0.0], sums_of(tree, gains_of(tree, shifts))))
+    found, own_ranks, depths, _ = nodes_of(tree)
     assert own_ranks.tolist() == ranks[1:]
     for node in range(1, 24):
         parent, log_prob = parents[node], np.float64(found[node - 1])

@@ -21,6 +21,7 @@ from hf_dovetail import DovetailAssistantModel, TreeShape, grouped, prepare_targ
 from hf_dovetail.curves import MAX_ROWS
 from hf_dovetail.demo import demo_prompts, load_pair, pair_path
 from hf_dovetail.engines import engine_of
+from hf_dovetail.engines.native import NativeBf16
 from hf_dovetail.engines.onednn import OneDnnKernel, why_not
 from hf_dovetail.packed import PackedWeight
 
@@ -42,9 +43,13 @@ def packed_names(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if isinstance(parameter, PackedWeight)}
 
 
-@pytest.mark.parametrize("dtype", PRECISIONS)
-def test_a_row_does_not_depend_on_how_many_rows_there_are(dtype: torch.dtype) -> None:
-    """Every shape of the demo model, of a 1 B Llama's small projections, and odd ones."""
+@pytest.mark.parametrize(("dtype", "native"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
+def test_a_row_does_not_depend_on_how_many_rows_there_are(
+    dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every shape of the demo model, of a 1 B Llama's small projections, and odd ones; without the native kernel too."""
+    if not native:
+        monkeypatch.setattr(NativeBf16, "takes", staticmethod(lambda blocks: False))
     shapes = {tuple(m.weight.shape) for m in load_target(dtype).modules() if isinstance(m, nn.Linear)}
     for outputs, inputs in [*sorted(shapes), (512, 2048), (2048, 2048), (1000, 96), (101, 32), (7, 33)]:
         kernel = OneDnnKernel(torch.randn(outputs, inputs).to(dtype))

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 
 import hf_dovetail
 from hf_dovetail import DovetailAssistantModel, DovetailCandidateGenerator, TreeShape, draft, levels
-from hf_dovetail.controller import LARGEST, AutoController
+from hf_dovetail.controller import AutoController
 from hf_dovetail.decode import Round
 from hf_dovetail.draft import DraftSession
 from hf_dovetail.drafting import Drafting, Waiting
+from hf_dovetail.experience import LARGEST
 from hf_dovetail.recast import RecastLM
 from hf_dovetail.tree import DraftTree
 

@@ -350,6 +350,7 @@ def put(name: str, value: Tensor) -> Any:
     ("name", "break_it", "message"),
     [
         ("eagle3", without("midlayer.hidden_norm.weight"), "missing: midlayer.hidden_norm.weight"),
+        ("eagle3", without("lm_head.weight"), r"draft_vocab_size 40, it has no lm_head, and the target's ranks 101"),
         ("eagle3", without("d2t"), r"d2t is missing: it draws on 40 of the target's 101"),
         ("eagle3", put("d2t", torch.zeros(DRAFT_VOCAB, dtype=torch.long)), "d2t and t2d name different tokens"),
         ("eagle3", put("d2t", torch.full((DRAFT_VOCAB,), 90)), "d2t names 40 tokens between 90 and 129"),
@@ -363,7 +364,11 @@ def put(name: str, value: Tensor) -> Any:
         ("eagle-vicuna", changed(num_hidden_layers=2), "num_hidden_layers 2, its tensors are those of 1"),
         ("eagle3", changed(eagle_config={"use_aux_hidden_state": False}), "use_aux_hidden_state false"),
         ("eagle3", changed(hidden_size=64), r"fusion.fc.weight has shape \(32, 96\), expected \(64, 192\)"),
-        ("eagle3", changed(target_hidden_size=48), "a draft of another width needs embeddings of its own"),
+        (
+            "eagle3",
+            changed(target_hidden_size=48),
+            "another width needs embeddings and an LM head of its own",
+        ),
         ("eagle-vicuna", changed(bias=False), "says bias False, yet fc.bias is there"),
         ("eagle-llama3", changed(bias=True), "says bias True, yet fc.bias is missing"),
         ("eagle-llama3", put("medusa.0.weight", torch.zeros(2)), "left over: medusa.0.weight"),

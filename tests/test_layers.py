@@ -30,7 +30,7 @@ LAYERS = (
         "anatomy",
         "names",
     ),
-    ("accept", "cache", "attention", "dispatch", "blocks", "levels", "costs", "formats"),
+    ("accept", "worth", "experience", "cache", "attention", "dispatch", "blocks", "levels", "costs", "formats"),
     ("weights", "recast", "probe", "controller", "stats", "prefill"),
     ("network", "target", "engines"),
     ("modeling", "steps"),

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from hf_dovetail import TreeShape
 from hf_dovetail.accept import Accepted
-from hf_dovetail.controller import LARGEST, AutoController, Experience, Found
+from hf_dovetail.controller import AutoController, Found
 from hf_dovetail.costs import Costs
 from hf_dovetail.demo import load_pair
+from hf_dovetail.experience import LARGEST, Experience
 from hf_dovetail.lookup import CLASSES, SAYS, Lookup, match_class
 from hf_dovetail.tree import DraftTree
 

@@ -11,13 +11,16 @@ import tiny
 import torch
 
 from hf_dovetail import prepare_target
+from hf_dovetail.curves import MAX_ROWS
 from hf_dovetail.engines import compiler, int4, int8, native
+from hf_dovetail.engines.onednn import OneDnnKernel
 from hf_dovetail.engines.quantised import QuantisedKernel
 from hf_dovetail.packed import PackedWeight
 
 SHAPES = ((3, 5), (33, 70), (100, 172), (512, 192), (1100, 1024), (64, 8192))
 available = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 onednn_adds_exactly = pytest.mark.skipif(not int8._adds_exactly(), reason="oneDNN's 8-bit sums overflow on this CPU")
+has_bf16 = pytest.mark.skipif("avx512_bf16" not in native.cpu_flags(), reason="this CPU has no AVX512-BF16")
 has_compiler = pytest.mark.skipif("no C compiler" in str(native.why_not()), reason="no C compiler")
 
 
@@ -48,6 +51,39 @@ def test_eight_bit_products_are_integer_arithmetic(shape: tuple[int, int]) -> No
     sums = (activations.long() - 128) @ levels.long().T
     assert torch.equal(packed.product(rows), sums.float() * scales * magnitudes)
     assert torch.equal(packed.levels(), levels)
+
+
+@available
+@has_bf16
+@pytest.mark.parametrize("shape", [(64, 32), (33, 96), (101, 32), (512, 192), (1100, 1024), (64, 8192)])
+def test_products_in_bf16_are_right_and_rows_are_alone(shape: tuple[int, int]) -> None:
+    """Guards every number of rows, blocks that are not full, biases, several threads, and rows that overflow."""
+    outputs, inputs = shape
+    generator = torch.Generator().manual_seed(0)
+    weight, rows, bias = (torch.randn(*size, generator=generator) for size in (shape, (MAX_ROWS, inputs), (outputs,)))
+    weight, rows, bias = (weight / inputs**0.5).bfloat16(), rows.bfloat16(), bias.bfloat16()
+    kernel = OneDnnKernel(weight)
+    assert isinstance(kernel._native, native.NativeBf16)
+    found = kernel._native.product(rows, bias)
+    exact = rows.double() @ weight.double().T + bias.double()
+    unit = torch.finfo(torch.bfloat16).eps * exact.abs()  # twice what rounding once may cost
+    assert bool(((found.double() - exact).abs() <= unit / 2 + 1e-5 * inputs**0.5).all())
+    assert not torch.equal(found, kernel._native.product(rows, None))
+    rows[-1] = float("nan")
+    for count in range(1, MAX_ROWS):
+        assert torch.equal(kernel._native.product(rows[:count], bias), found[:count]), f"{count} rows"
+        assert torch.equal(kernel.linear(rows[None, -count - 1 : -1], bias)[0], found[-count - 1 : -1]), f"last {count}"
+    assert bool(kernel._native.product(rows[-2:], bias)[1].isnan().all())
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(kernel._native.product(rows[:-1], bias), found[:-1])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(
+        kernel._native.product(rows.repeat(1, 2)[:-1, :inputs], None), kernel._native.product(rows[:-1], None)
+    )
 
 
 @available

@@ -186,7 +186,7 @@ def test_train_from_captured_features_without_the_target(tmp_path: Path, capsys)
     card = (out / "README.md").read_text()
     assert "| data | data.jsonl |" in card
     assert "LM head of its own, embeddings are the target's" in card
-    text = ["--data", str(ROOT / "hf_dovetail" / "plugin.py")]
+    text = ["--data", str(ROOT / "hf_dovetail" / "target.py")]
     for options, said in (
         (["--features", features, "--validate-every", "1"], "give --target"),
         (["--features", features, "--data", "x"], "holds the text already"),

@@ -43,9 +43,8 @@ def exact_attention(
     Returns:
         (B, T, H, D) and None.
     """
-    if torch.compiler.is_compiling():  # torch's own operations can be traced
-        return grouped_attention(module, query, key, value, attention_mask, dropout, scaling, **options)
-    kernels, given = native.loaded()[0], (query, key, value, attention_mask)
+    kernels = None if torch.compiler.is_compiling() else native.loaded()[0]  # torch's own operations can be traced
+    given = query, key, value, attention_mask
     if torch.is_autocast_enabled("cpu"):  # what it left in another precision meets here
         given = [each if each is None or each.dtype == torch.bool else each.to(query.dtype) for each in given]
     scale = query.shape[3] ** -0.5 if scaling is None else scaling

@@ -1,7 +1,7 @@
-"""The native kernels, compiled at first use, and products of rows with 8-bit and 4-bit weights (`native.c`).
+"""The native kernels, compiled at first use, and products of rows with bf16 (`bf16.c`), 8-bit and 4-bit weights.
 
-They run on torch's own OpenMP threads. One product quantises the rows, multiplies and rescales; the 8-bit result has
-the bits of `int8.OneDnnInt8`. The other kernels are called by `exact` and `activations`.
+They run on torch's own OpenMP threads. One quantised product (`native.c`) quantises the rows, multiplies and rescales;
+the 8-bit result has the bits of `int8.OneDnnInt8`. The other kernels are called by `exact` and `activations`.
 """
 
 from __future__ import annotations
@@ -15,19 +15,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.utils import logging
 
 from .compiler import CompileError, library
+
+logger = logging.get_logger(__name__)
 
 GROUP = 32
 """Input channels of 4-bit weights that share a step and a lowest weight."""
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.h", "native.c", "attention.c", "activation.c"))
+_BF16_SOURCE = Path(__file__).with_name("bf16.c")  # which needs a newer compiler
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=off", f"-DGROUP={GROUP}")
 _COLUMNS = 32  # output channels of a block; COLUMNS in the source
 _INPUTS = 16  # 8-bit rows are padded to a multiple
 _ZERO_POINT = 128  # of 8-bit weights
 _INSTRUCTIONS = {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}
 _THREADING = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
+_BF16_INSTRUCTIONS = "avx512_bf16"
+_BF16_BLOCK = (64, 2)  # output channels of a block, and input channels side by side; COLUMNS in the source
 _ALONE = 1 << 18  # weights below which waking other threads costs more than they save
 
 _lock = threading.Lock()
@@ -54,7 +60,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if missing:
         return None, f"this CPU has no AVX512-VNNI (missing: {', '.join(sorted(missing))})"
     try:
-        found = library(_SOURCES, _FLAGS)
+        found = _library()
         openmp = [ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p) for name in _THREADING]
     except CompileError as error:
         return None, str(error)
@@ -66,12 +72,25 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     found.dovetail_scratch.argtypes, found.dovetail_scratch.restype = [size, size], size
     found.dovetail_product.argtypes = [number] * 5 + [size] * 4 + [ctypes.c_int] * 3
     found.dovetail_product.restype = None
+    if hasattr(found, "dovetail_bf16_product"):
+        found.dovetail_bf16_product.argtypes = [number] * 4 + [size] * 3 + [ctypes.c_int]
+        found.dovetail_bf16_product.restype = None
     found.dovetail_attention_scratch.argtypes, found.dovetail_attention_scratch.restype = [size, size], size
     found.dovetail_attention.argtypes = [number] * 8 + [ctypes.c_float] + [ctypes.c_int] * 3
     found.dovetail_attention.restype = None
     found.dovetail_activation.argtypes = [number] * 2 + [size] * 3 + [ctypes.c_float] * 2 + [ctypes.c_int] * 2
     found.dovetail_activation.restype = None
     return found, None
+
+
+def _library() -> ctypes.CDLL:
+    """All kernels, or those that this compiler can build for this CPU."""
+    if _BF16_INSTRUCTIONS in cpu_flags():
+        try:
+            return library((*_SOURCES, _BF16_SOURCE), _FLAGS)
+        except CompileError as error:
+            logger.info("no native products in bfloat16: %s", error)
+    return library(_SOURCES, _FLAGS)
 
 
 def cpu_flags() -> set[str]:
@@ -81,6 +100,46 @@ def cpu_flags() -> set[str]:
     except OSError:
         return set()
     return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+
+
+class NativeBf16:
+    """Products of a few rows with bf16 weights that lie in memory as oneDNN packs them.
+
+    A row's result does not depend, bit for bit, on how many rows there are.
+
+    Args:
+        blocks: (blocks, K / 2, 64, 2) bf16, in memory that lives as long as this.
+        outputs: N; the last block may reach beyond it.
+    """
+
+    def __init__(self, blocks: Tensor, outputs: int) -> None:
+        self._product = loaded()[0].dovetail_bf16_product
+        self._blocks, self._outputs = blocks, outputs
+        self._width = 2 * blocks.shape[1]
+        self._most_threads = 1 if outputs * self._width < _ALONE else len(blocks)
+
+    @staticmethod
+    def takes(blocks: Tensor | None) -> bool:
+        """Whether the kernel is here and knows this layout."""
+        known = blocks is not None and blocks.dtype == torch.bfloat16 and blocks.shape[2:] == _BF16_BLOCK
+        return known and hasattr(loaded()[0], "dovetail_bf16_product")
+
+    def product(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., K) bf16 to (..., N) bf16, with a bias (N,) bf16."""
+        rows = rows.contiguous()
+        output = rows.new_empty(*rows.shape[:-1], self._outputs)
+        bias = None if bias is None else bias.contiguous()
+        self._product(
+            rows.data_ptr(),
+            output.data_ptr(),
+            self._blocks.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            rows.numel() // self._width,
+            self._width,
+            self._outputs,
+            min(torch.get_num_threads(), self._most_threads),
+        )
+        return output
 
 
 class _Native:

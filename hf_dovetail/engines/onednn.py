@@ -1,7 +1,8 @@
 """Linear layers with weights prepacked for oneDNN, in bf16 and fp32: the same numbers, read at memory speed.
 
-A row's result does not depend, bit for bit, on how many rows are computed with it: rows are padded to a number
-from which on this machine's kernels agree, found by trying (`least_rows`).
+A row's result does not depend, bit for bit, on how many rows are computed with it, up to `MAX_ROWS`. In bf16 a native
+kernel computes so few rows out of oneDNN's own memory, where it can be had (`native.NativeBf16`). Elsewhere oneDNN
+does, and rows are padded to a number from which on its kernels agree on this machine, found by trying (`least_rows`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..curves import MAX_ROWS
+from .native import NativeBf16
 from .swap import Swap
 
 _DTYPES = (torch.bfloat16, torch.float32)
@@ -35,7 +37,11 @@ class OneDnnKernel:
         self.shape, self.dtype = weight.shape, weight.dtype
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
         self._rows = _row_view(self._packed, weight)
-        self._least = least_rows(self._packed, weight.shape, weight.dtype)
+        self._native, self._least = None, 0
+        if NativeBf16.takes(self._rows):
+            self._native = NativeBf16(self._rows, self.shape[0])
+        else:
+            self._least = least_rows(self._packed, weight.shape, weight.dtype)
 
     @property
     def has_rows(self) -> bool:
@@ -47,6 +53,8 @@ class OneDnnKernel:
         if rows.dtype != self.dtype:  # by autocast
             return F.linear(rows, self.dense().to(rows.dtype), None if bias is None else bias.to(rows.dtype))
         count = rows.numel() // self.shape[1]
+        if self._native is not None and 0 < count <= MAX_ROWS and (bias is None or bias.dtype == self.dtype):
+            return self._native.product(rows, bias)
         if count >= self._least or count == 0:
             return _product(rows, self._packed, bias)
         if count == 1 and self._least == 2 and rows.ndim > 1:

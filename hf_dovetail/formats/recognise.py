@@ -222,11 +222,11 @@ def _eagle3_fields(config: Mapping[str, Any], vocab_size: int, plain: Shapes, ne
         raise ValueError("its eagle_config says use_aux_hidden_state false; expected features of several layers")
     if nested and config.get("norm_before_residual") is None:
         raise ValueError("its configuration lacks norm_before_residual, whose default differs between programs; add it")
-    size = plain["lm_head.weight"][0]
+    head = plain.get("lm_head.weight")
+    size = vocab_size if head is None else head[0]
     if config.get("draft_vocab_size") not in (None, size):
-        raise ValueError(
-            f"its configuration says draft_vocab_size {config['draft_vocab_size']}, lm_head has {size} rows"
-        )
+        rows = f"lm_head has {size} rows" if head else f"it has no lm_head, and the target's ranks {size} tokens"
+        raise ValueError(f"its configuration says draft_vocab_size {config['draft_vocab_size']}, {rows}")
     if size < vocab_size and "d2t" not in plain:
         raise ValueError(f"d2t is missing: it draws on {size} of the target's {vocab_size} tokens and must say which")
     return {

@@ -52,7 +52,7 @@ _EAGLE3_KEYS = (
     Key("input_norm.weight", "fusion.input_norm.weight", needed=False),
     Key("fc_norm.{i}.weight", "fusion.fc_norm.{i}.weight", needed=False),
     Key("norm.weight", "norm.weight"),
-    Key("lm_head.weight", "lm_head.weight"),
+    Key("lm_head.weight", "lm_head.weight", needed=False),  # NVIDIA publishes some that draw on the target's
     Key("d2t", None, needed=False),  # see `Published.state`
     Key("t2d", None, needed=False),
     _EMBEDDINGS,
@@ -150,6 +150,7 @@ SWITCHES = (
     ("mlp_bias", "{first}mlp.gate_proj.bias", ("mlp_bias",), ("dgf", "eagle", "eagle3")),
     ("qk_norm", "{first}self_attn.q_norm.weight", (), ("dgf", "eagle", "eagle3")),
     ("own_embeddings", "embed_tokens.weight", (), ("dgf", "eagle", "eagle3")),
+    ("own_head", "lm_head.weight", (), ("eagle3",)),
 )
 """What the tensors decide: our field, the tensor that shows it, what a published configuration may call it, and the
 fusions that have it."""

@@ -18,11 +18,12 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from ..config import TreeShape
-from ..controller import LARGEST, Controller
+from ..controller import Controller
 from ..decode import decode
 from ..devices import Move
 from ..dispatch import Dispatch, dispatch_of
 from ..drafting import Drafting
+from ..experience import LARGEST
 from ..learned import Learned, learned_of
 from ..levels import tree_rows
 from ..modeling import DovetailAssistantModel

@@ -204,7 +204,7 @@ class StoredFeatures:
             head = self.target.get_output_embeddings()
             self._head = head if head.weight.device == hidden.device else copy.deepcopy(head).to(hidden.device)
         logits = self._head(hidden.to(self._head.weight.dtype)).float()
-        return finish_logits(logits, **describe_head(self.target.config, "dgf"))
+        return finish_logits(logits, **describe_head(self.target.config))
 
 
 def _stand_in(folder: Path, name: str | None) -> PreTrainedModel:
