@@ -47,7 +47,7 @@ def packed_names(model: nn.Module) -> set[str]:
 def test_a_row_does_not_depend_on_how_many_rows_there_are(
     dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every shape of the demo model, of a 1 B Llama's small projections, and odd ones; without the native kernel too."""
+    """Every shape of the demo model, of a 1 B Llama's small projections, and odd ones; by oneDNN alone too."""
     if not native:
         monkeypatch.setattr(NativeBf16, "takes", staticmethod(lambda blocks: False))
     shapes = {tuple(m.weight.shape) for m in load_target(dtype).modules() if isinstance(m, nn.Linear)}
