@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 _TRIED_TOKENS = 2
+_PACKAGE = __name__.split(".")[0]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,12 @@ class Anatomy:
     tail: tuple[nn.Module, ...]
     head: nn.Module
     positions: tuple[int, ...]
+
+
+def keeps_forward(module: nn.Module) -> bool:
+    """Whether a module computes what its class says: by its own forward, or by a kernel of this package."""
+    forward = vars(module).get("forward")
+    return forward is None or (isinstance(forward, partial) and forward.func.__module__.split(".")[0] == _PACKAGE)
 
 
 def decoder_layers(decoder: nn.Module) -> nn.ModuleList | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .anatomy import decoder_layers
+from .anatomy import decoder_layers, keeps_forward
 from .attention import BranchingMask
 from .blocks import DecoderBlock, KeyValueStore, RMSNorm, RotaryTable, Rotation, fold_mask
 from .config import ROPE_TYPES_KEPT, DovetailConfig
@@ -142,7 +142,7 @@ def _norms(layer: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    return bool(module._forward_hooks or module._forward_pre_hooks) or not keeps_forward(module)
 
 
 def _shared(lm: PreTrainedModel) -> Iterator[nn.Module | nn.Parameter]:

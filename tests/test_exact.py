@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from hf_dovetail import DovetailAssistantModel, TreeShape, prepare_target, restore_target
 from hf_dovetail.demo import load_pair
-from hf_dovetail.engines import activations, native
+from hf_dovetail.engines import activations, native, norms
 from hf_dovetail.engines.exact import exact_attention
 from hf_dovetail.grouped import NAME, grouped_attention
 
@@ -178,6 +179,46 @@ def test_activations_do_not_depend_on_the_place(name: str, dtype: torch.dtype, t
     activations.switch_off(model)
     assert torch.equal(model(values), own(values))
     assert "forward" not in vars(model[0])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.0)])
+@pytest.mark.parametrize("width", [1, 64, 192, 2049])
+def test_norms_are_transformers_and_rows_are_alone(width: int, dtype: torch.dtype, tolerance: float) -> None:
+    """In bfloat16 nearly all bits are transformers' own; those that are not differ by one rounding of the scale."""
+    norm = Qwen3RMSNorm(width, eps=1e-6).to(dtype)
+    rows = (torch.randn(70, width) * torch.logspace(-4, 4, 70)[:, None]).to(dtype)
+    with torch.no_grad():
+        norm.weight.copy_(1 + 0.5 * torch.randn(width))
+        expected = norm(rows)
+        norms.switch_on(norm)
+        assert "forward" in vars(norm)
+        found = norm(rows)
+        close = (found - expected).abs() <= tolerance * expected.abs()
+        assert close.all() if tolerance else close.float().mean() > 0.99
+        torch.testing.assert_close(found, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=0.0)
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for begin, end in ((0, 1), (3, 4), (5, 12), (0, 70)):
+                assert torch.equal(norm(rows[None, begin:end])[0], found[begin:end])
+        assert torch.equal(norm(rows.repeat(1, 3)[:, width : 2 * width]), found)
+        assert norm(torch.full((2, width), float("nan"), dtype=dtype)).isnan().all()
+        assert norm(rows[:0]).shape == (0, width)
+        assert torch.equal(norm(rows.double()), type(norm).forward(norm, rows.double()))
+    rows.requires_grad_()
+    norm(rows).sum().backward()
+    assert norm.weight.grad.abs().sum() > 0
+    norms.switch_off(norm)
+    assert "forward" not in vars(norm)
+
+
+@pytest.mark.parametrize(("family", "taken"), [("llama", 7), ("qwen3", 9), ("gemma2", 0), ("gpt2", 0)])
+def test_only_norms_that_compute_what_llamas_do_run_on_the_kernel(family: str, taken: int) -> None:
+    """Guards Gemma's (1 + weight), and LayerNorm; two layers have four norms, or eight with those of the heads."""
+    model = prepare_target(tiny.build(family), engine="onednn")
+    found = [name for name, part in model.named_modules() if "norm" in name and "forward" in vars(part)]
+    assert len(found) == taken, found
+    restore_target(model)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_a_prepared_models_activations_survive_a_copy_and_leave_with_the_engine() -> None:

@@ -17,7 +17,7 @@ from .. import prefill
 from ..anatomy import is_quantised
 from ..dispatch import dispatch_of
 from ..threads import chosen_threads
-from . import activations, exact, int4, int8, ipex, onednn
+from . import activations, exact, int4, int8, ipex, norms, onednn
 
 logger = logging.get_logger(__name__)
 
@@ -94,6 +94,7 @@ def start_engine(model: PreTrainedModel, engine: str) -> None:
         if reason is None:
             _prepared[model] = _Prepared(name, ENGINES[name].prepare(model), exact.switch_on(model))
             activations.switch_on(model)
+            norms.switch_on(model)
             break
         reasons[name] = reason
     if engine not in ("auto", "eager", engine_of(model)):
@@ -115,6 +116,7 @@ def stop_engine(model: PreTrainedModel) -> None:
         prepared.undo.undo()
         exact.switch_off(model, prepared.attention)
         activations.switch_off(model)
+        norms.switch_off(model)
         del _prepared[model]
     prefill.remove(model)
 

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from functools import partial
 
 from torch import Tensor, nn
 
+from ..anatomy import keeps_forward
 from ..packed import PackedWeight
-
-_PACKAGE = __name__.split(".")[0]
 
 
 def unfit(layers: Iterable[nn.Module]) -> str | None:
     """Why these layers cannot be computed elsewhere as they are now, or None."""
     for layer in layers:
         for name, module in layer.named_modules():
-            if module is not layer and not _own(vars(module).get("forward")):
+            if module is not layer and not keeps_forward(module):
                 return f"something has replaced the forward of {type(layer).__name__}.{name}"
             if any(isinstance(value, Tensor) for value in vars(module).values()):
                 return f"{type(layer).__name__}.{name} keeps a tensor outside its parameters and buffers"
@@ -37,11 +35,6 @@ def unfit(layers: Iterable[nn.Module]) -> str | None:
     return None
 
 
-def _own(forward: object) -> bool:
-    """Whether a module's forward is its class's, or a kernel of this package in its place, which twins leave out."""
-    return forward is None or (isinstance(forward, partial) and forward.func.__module__.split(".")[0] == _PACKAGE)
-
-
 def twin(module: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
     """A shallow copy of a tree of modules.
 
@@ -51,7 +44,7 @@ def twin(module: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
     """
     other = copy.copy(module)
     state = vars(other)
-    state.pop("forward", None)  # what leads to the twin, or a kernel of the CPU (`_own`)
+    state.pop("forward", None)  # what leads to the twin, or a kernel of the CPU (`keeps_forward`)
     for kind in ("_parameters", "_buffers"):
         state[kind] = {name: None if t is None else tensors[id(t)] for name, t in state[kind].items()}
     state["_modules"] = {

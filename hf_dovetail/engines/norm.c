@@ -1,0 +1,40 @@
+/* Root-mean-square norms: one sequence of operations for every row, whatever rows are beside it. Rounded as transformers
+ * rounds: the normalised number to its own precision, then its product with the weight. */
+#include "native.h"
+
+typedef struct {
+  const void *input;
+  void *output; /* (rows, width) */
+  const void *weight; /* (width,) */
+  long rows, width, step; /* from one row of the input to the next */
+  float epsilon;
+  int bf16, threads;
+} Norm;
+
+TARGET static void work(void *argument) {
+  const Norm *n = argument;
+  const long number = n->threads > 1 ? dovetail_thread_number() : 0;
+  const long threads = n->threads > 1 ? dovetail_team_size() : 1, width = n->width;
+  for (long row = n->rows * number / threads; row < n->rows * (number + 1) / threads; row++) {
+    __m512 squares = _mm512_setzero_ps();
+    for (long at = 0; at < width; at += 16) {
+      const __m512 x = load(n->input, row * n->step + at, width - at, n->bf16);
+      squares = _mm512_fmadd_ps(x, x, squares);
+    }
+    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(squares) / (float)width + n->epsilon);
+    const __m512 scale = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_sqrt_ps(mean));
+    for (long at = 0; at < width; at += 16) {
+      const __m512 weight = load(n->weight, at, width - at, n->bf16);
+      __m512 x = _mm512_mul_ps(load(n->input, row * n->step + at, width - at, n->bf16), scale);
+      if (n->bf16) x = widen(narrow(x));
+      store(n->output, row * width + at, width - at, n->bf16, _mm512_mul_ps(x, weight));
+    }
+  }
+}
+
+void dovetail_norm(const void *input, void *output, const void *weight, long rows, long width, long step, float epsilon,
+                   int bf16, int threads) {
+  const Norm task = {input, output, weight, rows, width, step, epsilon, bf16, threads};
+  if (threads > 1) dovetail_parallel(work, (void *)&task, (unsigned)threads, 0);
+  else work((void *)&task);
+}
