@@ -95,7 +95,9 @@ def test_compiled_gradients_and_autocast_are_those_of_the_model(ids: Tensor) -> 
     torch.testing.assert_close(*gradients)
     assert gradients[0].abs().max() > 0
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(logits(compiled, ids), logits(model, ids))
+        found, expected = logits(compiled, ids), logits(model, ids)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert (found - expected).abs().mean() < 0.02 * expected.abs().mean()  # its norms are torch's own
 
 
 def test_dovetail_on_a_compiled_target_is_plain_generate_on_it(ids: Tensor) -> None:
