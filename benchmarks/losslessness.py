@@ -104,13 +104,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=164)
     parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
+    parser.add_argument("--name", default="losslessness", help="of the result's file")
     arguments = parser.parse_args()
     pairs = {"demo pair, HumanEval": (demo_models, humaneval_prompts())}
     if SHARED.exists():
         pairs["babyllama pair, stories"] = (baby_llamas, story_prompts())
     results: dict[str, dict[str, Any]] = {}
     for pair, (load, prompts) in pairs.items():
-        for mode, (dtype, attention, engine, sampling) in MODES.items():
+        for mode in arguments.modes:
+            dtype, attention, engine, sampling = MODES[mode]
             target, draft, tokenizer = load(dtype, attention)
             prepare_target(target, engine=engine)
             chosen = prompts[: arguments.prompts]
@@ -122,8 +125,8 @@ def main() -> None:
                 f"{found['tokens_per_round']} tokens per round"
             )
     names = ("dtype", "attention", "engine", "sampling")
-    modes = {mode: dict(zip(names, map(str, how), strict=True)) for mode, how in MODES.items()}
-    write("losslessness", {"modes": modes, "max_new_tokens": arguments.max_new_tokens, "results": results})
+    modes = {mode: dict(zip(names, map(str, MODES[mode]), strict=True)) for mode in arguments.modes}
+    write(arguments.name, {"modes": modes, "max_new_tokens": arguments.max_new_tokens, "results": results})
 
 
 if __name__ == "__main__":
