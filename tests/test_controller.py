@@ -420,3 +420,18 @@ def test_the_best_nodes_of_a_tree_are_a_tree(nodes: int) -> None:
     for node, parent in enumerate(small.parents[0].tolist()[1:], start=1):
         assert small.tokens[0, parent] - 50 == parents[0, small.tokens[0, node] - 50]
     assert small.log_probs[0].tolist() == [log_probs[0, token - 50].item() for token in small.tokens[0].tolist()]
+
+
+@pytest.mark.parametrize(("retention", "goes_on"), [(0.95, True), (0.3, False)])
+def test_a_level_more_is_tried_where_levels_have_kept_their_probability(retention: float, goes_on: bool) -> None:
+    """A level costs 0.4 tokens here, and its parent has 0.9 of one: what past levels left of that decides."""
+    experience = Experience()
+    experience.kept = retention * experience.mass
+    controller = AutoController(Costs(CostCurves(ROWS, (0,), ((10.0,) * len(ROWS),), 0.1, 0.01, 4.0)), experience)
+    controller.plan(LARGEST, 100, 1, 100)
+    scores = torch.tensor([0.9, 0.45]).log()
+    assert controller.keep_going(1, scores[:1], torch.tensor([1])) is goes_on
+    before = experience.retention(1)
+    controller.keep_going(2, scores, torch.tensor([1, 2]))
+    assert abs(experience.retention(1) - 0.5) < abs(before - 0.5)
+    assert experience.retention(2) == before
