@@ -17,7 +17,7 @@ from hf_dovetail.engines.onednn import OneDnnKernel
 from hf_dovetail.engines.quantised import QuantisedKernel
 from hf_dovetail.packed import PackedWeight
 
-SHAPES = ((3, 5), (33, 70), (100, 172), (512, 192), (1100, 1024), (64, 8192))
+SHAPES = ((3, 5), (33, 70), (100, 172), (512, 192), (1100, 1024), (64, 2112), (64, 8192))
 available = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 onednn_adds_exactly = pytest.mark.skipif(not int8._adds_exactly(), reason="oneDNN's 8-bit sums overflow on this CPU")
 has_bf16 = pytest.mark.skipif("avx512_bf16" not in native.cpu_flags(), reason="this CPU has no AVX512-BF16")
@@ -55,7 +55,7 @@ def test_eight_bit_products_are_integer_arithmetic(shape: tuple[int, int]) -> No
 
 @available
 @has_bf16
-@pytest.mark.parametrize("shape", [(64, 32), (70, 96), (101, 32), (512, 192), (1100, 1024), (64, 8192)])
+@pytest.mark.parametrize("shape", [(64, 32), (70, 96), (101, 32), (512, 192), (1100, 1024), (64, 2112), (64, 8192)])
 def test_products_in_bf16_are_right_and_rows_are_alone(shape: tuple[int, int]) -> None:
     """Guards every number of rows, blocks that are not full, biases, several threads, and rows that overflow."""
     outputs, inputs = shape
@@ -81,6 +81,8 @@ def test_products_in_bf16_are_right_and_rows_are_alone(shape: tuple[int, int]) -
             assert torch.equal(kernel._native.product(rows[:-1], bias), found[:-1])
     finally:
         torch.set_num_threads(before)
+    many = rows[:-1].repeat(4, 1)  # in more than one go
+    assert torch.equal(kernel._native.product(many, bias), found[:-1].repeat(4, 1))
     apart = rows.repeat(1, 2)[:-1, :inputs]
     assert not apart.is_contiguous()
     assert torch.equal(kernel._native.product(apart, bias), found[:-1])

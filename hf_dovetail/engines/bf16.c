@@ -1,8 +1,8 @@
 /* Products of few rows with bf16 weights as oneDNN packs them, on CPUs with AVX512-BF16.
  *
  * A row's sums are a sequence of operations of its own, whatever rows are computed beside it, so its result does not
- * depend on them, bit for bit. Weights are read from memory once: while a block of them is used, out of the cache, the
- * next one is fetched at such a pace that the memory never rests.
+ * depend on them, bit for bit. Weights are read from memory once, in pieces that fit the first cache: while the rows are
+ * multiplied with one, a few at a time, the next one is fetched at such a pace that the memory never rests.
  */
 #include <string.h>
 
@@ -15,6 +15,9 @@ enum {
   COLUMNS = 64, /* output channels of a block: four vectors */
   VECTORS = COLUMNS / 16,
   MOST = 6, /* rows of a tile: 24 sums, 4 vectors of weights and one of a row's fit the registers */
+  MOST_TILES = 8, /* of one product */
+  PIECE = 64,  /* inputs of a piece for each tile that reads it */
+  AHEAD = 32,  /* inputs between what a single tile reads and what it fetches */
 };
 
 typedef struct {
@@ -26,11 +29,13 @@ typedef struct {
   int threads;
 } Product;
 
-typedef struct { /* a few rows, to be multiplied with a block of columns */
+typedef struct { /* a few rows, to be multiplied with a piece of a block of columns */
   long row, column;       /* the first ones */
-  const uint8_t *weights; /* of the block */
-  const uint8_t *next;    /* where this tile's share of the next block begins */
+  long begin, end;        /* inputs of the piece */
+  const uint8_t *weights; /* of the piece */
+  const uint8_t *next;    /* where this tile's share of what is fetched meanwhile begins */
   long pace;              /* bytes of it for each pair of inputs */
+  float (*sums)[16];      /* (MOST, VECTORS) of this tile, between two pieces */
 } Tile;
 
 /* The tiles of `count` rows are as even as possible. */
@@ -48,11 +53,12 @@ INLINE_BF16 void multiply(const Product *p, const Tile *tile, const int rows) {
   const uint8_t *weights = tile->weights, *next = tile->next;
   __m512 sums[MOST][VECTORS];
   for (int r = 0; r < rows; r++)
-    for (int v = 0; v < VECTORS; v++) sums[r][v] = _mm512_setzero_ps();
-  for (long k = 0; k < p->inputs; k += 2, weights += 4 * COLUMNS, next += tile->pace) {
+    for (int v = 0; v < VECTORS; v++)
+      sums[r][v] = tile->begin ? _mm512_loadu_ps(tile->sums[r * VECTORS + v]) : _mm512_setzero_ps();
+  for (long k = tile->begin; k < tile->end; k += 2, weights += 4 * COLUMNS, next += tile->pace) {
     __m512i columns[VECTORS];
     for (int v = 0; v < VECTORS; v++) columns[v] = _mm512_loadu_si512(weights + 64 * v);
-    for (long line = 0; line < tile->pace; line += 64) _mm_prefetch((const char *)next + line, _MM_HINT_T1);
+    for (long line = 0; line < tile->pace; line += 64) _mm_prefetch((const char *)next + line, _MM_HINT_T0);
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++) {
       int32_t bits;
@@ -60,6 +66,11 @@ INLINE_BF16 void multiply(const Product *p, const Tile *tile, const int rows) {
       const __m512i pair = _mm512_set1_epi32(bits);
       for (int v = 0; v < VECTORS; v++) sums[r][v] = add_products(sums[r][v], columns[v], pair);
     }
+  }
+  if (tile->end < p->inputs) {
+    for (int r = 0; r < rows; r++)
+      for (int v = 0; v < VECTORS; v++) _mm512_storeu_ps(tile->sums[r * VECTORS + v], sums[r][v]);
+    return;
   }
   for (int v = 0; v < VECTORS; v++) {
     const long at = tile->column + 16 * v, left = p->outputs - at;
@@ -83,25 +94,39 @@ static void (*const kernels[])(const Product *, const Tile *) = {multiply_1, mul
 static void work(void *argument) {
   const Product *p = argument;
   const long number = p->threads > 1 ? dovetail_thread_number() : 0, threads = p->threads > 1 ? dovetail_team_size() : 1;
-  const long blocks = (p->outputs + COLUMNS - 1) / COLUMNS, bytes = 2 * COLUMNS * p->inputs, parts = tiles(p->count);
+  const long blocks = (p->outputs + COLUMNS - 1) / COLUMNS, parts = tiles(p->count), column_bytes = 2 * COLUMNS;
+  const long piece = parts == 1 ? p->inputs : parts * PIECE, ahead = parts == 1 ? AHEAD : piece;
+  float sums[MOST_TILES][MOST * VECTORS][16];
   for (long block = blocks * number / threads; block < blocks * (number + 1) / threads; block++)
-    for (long i = 0; i < parts; i++) {
-      const long begin = tile_begin(p->count, i), pace = 4 * COLUMNS / parts;
-      const uint8_t *weights = p->weights + block * bytes;
-      const Tile tile = {
-          .row = begin,
-          .column = block * COLUMNS,
-          .weights = weights,
-          .next = weights + bytes + i * pace * (p->inputs / 2),
-          .pace = pace,
-      };
-      kernels[tile_begin(p->count, i + 1) - begin - 1](p, &tile);
+    for (long begin = 0; begin < p->inputs; begin += piece) {
+      const long end = begin + piece < p->inputs ? begin + piece : p->inputs;
+      const uint8_t *weights = p->weights + (block * p->inputs + begin) * column_bytes;
+      for (long i = 0; i < parts; i++) {
+        const long row = tile_begin(p->count, i), line = VECTORS * i / parts, lines = VECTORS * (i + 1) / parts - line;
+        const Tile tile = {
+            .row = row,
+            .column = block * COLUMNS,
+            .begin = begin,
+            .end = end,
+            .weights = weights,
+            .next = weights + ahead * column_bytes + 64 * line * ((end - begin) / 2),
+            .pace = 64 * lines,
+            .sums = sums[i],
+        };
+        kernels[tile_begin(p->count, i + 1) - row - 1](p, &tile);
+      }
     }
 }
 
 void dovetail_bf16_product(const void *rows, void *output, const void *weights, const void *bias, long count,
                            long inputs, long outputs, int threads) {
-  const Product product = {rows, output, weights, bias, count, inputs, outputs, threads};
-  if (threads > 1) dovetail_parallel(work, (void *)&product, (unsigned)threads, 0);
-  else work((void *)&product);
+  for (long done = 0; done < count; done += MOST_TILES * MOST) {
+    const long left = count - done, now = left < MOST_TILES * MOST ? left : MOST_TILES * MOST;
+    const Product product = {
+        .rows = (const uint16_t *)rows + done * inputs, .output = (uint16_t *)output + done * outputs,
+        .weights = weights, .bias = bias, .count = now, .inputs = inputs, .outputs = outputs, .threads = threads,
+    };
+    if (threads > 1) dovetail_parallel(work, (void *)&product, (unsigned)threads, 0);
+    else work((void *)&product);
+  }
 }

@@ -71,7 +71,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     number, size = ctypes.c_void_p, ctypes.c_long
     found.dovetail_use_threads.argtypes = [ctypes.c_void_p] * len(openmp)
     found.dovetail_use_threads(*openmp)
-    found.dovetail_scratch.argtypes, found.dovetail_scratch.restype = [size, size], size
+    found.dovetail_scratch.argtypes, found.dovetail_scratch.restype = [size, ctypes.c_int], size
     found.dovetail_product.argtypes = [number] * 5 + [size] * 4 + [ctypes.c_int] * 3
     found.dovetail_product.restype = None
     if hasattr(found, "dovetail_bf16_product"):
@@ -159,7 +159,7 @@ class _Native:
         self._inputs = inputs
         self._four = scales is None
         self._product = found.dovetail_product
-        self._scratch = found.dovetail_scratch(inputs, GROUP if self._four else inputs)
+        self._scratch = found.dovetail_scratch(inputs, self._four)
         self._most_threads = 1 if outputs * width < _ALONE else len(blocks)
         self._addresses = blocks.data_ptr(), 0 if scales is None else scales.data_ptr()
 
