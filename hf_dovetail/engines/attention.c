@@ -17,7 +17,7 @@ enum {
   KEYS = 32,  /* of a block: two vectors */
   TOGETHER = 32, /* rows that share the transposed keys */
   TILE = 8,   /* rows multiplied with a block of keys */
-  SUMS = 6,   /* rows whose values are summed together */
+  SUMS = 12,  /* rows whose values are summed together; half as many where a value is wider than two vectors */
 };
 
 enum { NO_MASK, BOOL_MASK, ADDED_MASK };
@@ -64,6 +64,14 @@ INLINE void transpose(__m512i block[16]) {
   }
 }
 
+/* Fetches rows of keys or values into the cache, up to KEYS of them. */
+INLINE void fetch(const Attention *a, const void *from, long start, long step, long count, long width) {
+  const long size = a->bf16 ? 2 : 4;
+  const char *at = (const char *)from + start * size;
+  for (long i = 0; i < count && i < KEYS; i++, at += step * size)
+    for (long byte = 0; byte < width * size; byte += 64) _mm_prefetch(at + byte, _MM_HINT_T0);
+}
+
 /* (count <= KEYS, width) keys to (width, KEYS) float32; what is behind them is zero. */
 TARGET static void turn_keys(const Attention *a, const void *keys, long start, long count, float *turned) {
   const __m512i high = _mm512_set1_epi32((int)0xffff0000);
@@ -75,7 +83,6 @@ TARGET static void turn_keys(const Attention *a, const void *keys, long start, l
         const long from = start + (column + i) * step + at, left = column + i < count ? a->width - at : 0;
         const __mmask32 mask = left >= 32 ? 0xffffffffu : (__mmask32)((1ull << (left > 0 ? left : 0)) - 1);
         const char *at_key = (const char *)keys + from * (a->bf16 ? 2 : 4);
-        _mm_prefetch(at_key + KEYS * step * (a->bf16 ? 2 : 4), _MM_HINT_T0);
         block[i] = a->bf16 ? _mm512_maskz_loadu_epi16(mask, at_key)
                            : _mm512_castps_si512(_mm512_maskz_loadu_ps(first(left), at_key));
       }
@@ -128,84 +135,132 @@ INLINE __m512 bias(const Attention *a, const void *mask, long at, long count) {
   return _mm512_mask_mov_ps(_mm512_set1_ps(-3.38e38f), _mm_test_epi8_mask(seen, seen), _mm512_setzero_ps());
 }
 
-INLINE int sees(const Attention *a, const void *mask, long at) {
-  if (a->mask_kind == NO_MASK) return 1;
-  if (a->mask_kind == BOOL_MASK) return ((const uint8_t *)mask)[at] != 0;
-  return _mm_cvtss_f32(_mm512_castps512_ps128(load(mask, at, 1, a->bf16))) > -1e30f;
+/* Which of up to 16 keys are seen. */
+INLINE __mmask16 sees(const Attention *a, const void *mask, long at, long count) {
+  if (a->mask_kind == NO_MASK) return first(count);
+  if (a->mask_kind == ADDED_MASK)
+    return _mm512_mask_cmp_ps_mask(first(count), load(mask, at, count, a->bf16), _mm512_set1_ps(-1e30f), _CMP_GT_OQ);
+  const __m128i seen = _mm_maskz_loadu_epi8(first(count), (const uint8_t *)mask + at);
+  return _mm_test_epi8_mask(seen, seen);
+}
+
+/* Adds what the mask says to the scores from `begin` to `end`, and finds the largest of each lane. */
+INLINE __m512 add_bias(const Attention *a, const void *mask, float *scores, long begin, long end, __m512 most) {
+  for (long at = begin; at < end; at += 16) {
+    const __mmask16 there = first(end - at);
+    __m512 score = _mm512_maskz_loadu_ps(there, scores + at);
+    if (a->mask_kind != NO_MASK) score = _mm512_add_ps(score, bias(a, mask, at, end - at));
+    _mm512_mask_storeu_ps(scores + at, there, score);
+    most = _mm512_mask_max_ps(most, there, most, score);
+  }
+  return most;
 }
 
 /* Scores to weights that are not yet divided by their sum, which is returned. */
 TARGET static float soften(const Attention *a, const void *mask, float *scores) {
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const long keys = a->keys, old = keys - a->rows;
   long begin = 0;
-  while (begin < keys && !sees(a, mask, begin)) begin++;
-  if (begin == keys) {
+  while (begin < keys && !sees(a, mask, begin, keys - begin)) begin += 16;
+  if (begin >= keys) {
     for (long at = 0; at < keys; at++) scores[at] = 0.0f;
     return 1.0f;
   }
+  begin += __builtin_ctz(sees(a, mask, begin, keys - begin));
+  long plain = begin; /* up to here, all keys are seen */
+  if (a->mask_kind != ADDED_MASK)
+    while (plain + 16 <= old && sees(a, mask, plain, 16) == 0xffff) plain += 16;
   __m512 most = _mm512_set1_ps(-INFINITY);
-  for (long at = begin; at < keys; at += 16) {
-    const __mmask16 there = first(keys - at);
-    __m512 score = _mm512_maskz_loadu_ps(there, scores + at);
-    if (a->mask_kind != NO_MASK) score = _mm512_add_ps(score, bias(a, mask, at, keys - at));
-    _mm512_mask_storeu_ps(scores + at, there, score);
-    most = _mm512_mask_max_ps(most, there, most, score);
-  }
+  for (long at = begin; at < plain; at += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(scores + at));
+  most = add_bias(a, mask, scores, plain, keys, most);
   const __m512 largest = _mm512_set1_ps(_mm512_reduce_max_ps(most));
   __m512 sums = _mm512_setzero_ps();
-  for (long at = begin; at < keys; at += 16) {
-    const __mmask16 there = first(keys - at);
+  long at = begin;
+  for (; at + 16 <= old; at += 16) {
+    const __m512 weight = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + at), largest));
+    _mm512_storeu_ps(scores + at, weight);
+    sums = _mm512_add_ps(sums, weight);
+  }
+  if (at < old) {
+    const __mmask16 there = first(old - at);
     const __m512 weight = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(there, scores + at), largest));
     _mm512_mask_storeu_ps(scores + at, there, weight);
-    sums = _mm512_mask_add_ps(sums, first(old - at), sums, weight);
+    sums = _mm512_mask_add_ps(sums, there, sums, weight);
   }
-  for (long at = 0; at < begin; at++) scores[at] = 0.0f;
-  float lanes[16], sum = 0.0f;
-  _mm512_storeu_ps(lanes, sums);
-  for (long at = old > begin ? old : begin, number = at - begin; at < keys; at++)
-    if (sees(a, mask, at)) lanes[number++ & 15] += scores[at];
-  for (int i = 0; i < 16; i++) sum += lanes[i];
-  return sum;
+  /* each visible one of the rows' own keys goes to the lane of its number */
+  long number = begin < old ? old - begin : 0;
+  for (at = old > 0 ? old : 0; at < keys; at += 16) {
+    const __mmask16 there = first(keys - at), seen = sees(a, mask, at, keys - at);
+    const __m512 weight = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(there, scores + at), largest));
+    _mm512_mask_storeu_ps(scores + at, there, weight);
+    const __m512i from = _mm512_sub_epi32(lanes, _mm512_set1_epi32((int)(number & 15)));
+    sums = _mm512_add_ps(sums, _mm512_permutexvar_ps(from, _mm512_maskz_compress_ps(seen, weight)));
+    number += __builtin_popcount(seen);
+  }
+  for (at = 0; at < begin; at++) scores[at] = 0.0f;
+  return _mm512_reduce_add_ps(sums);
 }
 
 /* Weighted sums of values, for a few rows and vectors of the width. */
-INLINE void value_tile(const Attention *a, long start, long at, const float *weights, long stride, const float *sums,
-                       const long *outputs, const int rows, const int vectors) {
+INLINE void value_tile(const Attention *a, const void *values, const long left, const float *weights, long stride,
+                       const float *sums, const long *outputs, long at, const int rows, const int vectors, const int bf16) {
   __m512 total[SUMS][4];
-  for (int r = 0; r < rows; r++)
-    for (int v = 0; v < vectors; v++) total[r][v] = _mm512_setzero_ps();
-  const long step = a->value_steps[2], left = a->value_width - at;
-  for (long key = 0; key < a->keys; key++) {
+  __mmask16 there[4];
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; v++) {
+    there[v] = first(left - 16 * v);
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; r++) total[r][v] = _mm512_setzero_ps();
+  }
+  const char *value_at = values;
+  for (long key = 0; key < a->keys; key++, value_at += a->value_steps[2] * (bf16 ? 2 : 4)) {
     __m512 value[4];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; v++) value[v] = load(a->value, start + key * step + at + 16 * v, left - 16 * v, a->bf16);
-#pragma GCC unroll 6
+    for (int v = 0; v < vectors; v++)
+      value[v] = bf16 ? widen(_mm256_maskz_loadu_epi16(there[v], value_at + 32 * v))
+                      : _mm512_maskz_loadu_ps(there[v], value_at + 64 * v);
+#pragma GCC unroll 12
     for (int r = 0; r < rows; r++) {
       const __m512 weight = _mm512_set1_ps(weights[r * stride + key]);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; v++) total[r][v] = _mm512_fmadd_ps(weight, value[v], total[r][v]);
     }
   }
+#pragma GCC unroll 12
   for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
     for (int v = 0; v < vectors; v++)
-      store(a->output, outputs[r] + at + 16 * v, left - 16 * v, a->bf16,
+      store(a->output, outputs[r] + at + 16 * v, left - 16 * v, bf16,
             _mm512_div_ps(total[r][v], _mm512_set1_ps(sums[r])));
 }
 
-#define VALUES(rows)                                                                              \
-  case rows:                                                                                      \
-    if (left > 48) value_tile(a, start, at, weights, stride, sums, outputs, rows, 4);             \
-    else if (left > 32) value_tile(a, start, at, weights, stride, sums, outputs, rows, 3);        \
-    else if (left > 16) value_tile(a, start, at, weights, stride, sums, outputs, rows, 2);        \
-    else value_tile(a, start, at, weights, stride, sums, outputs, rows, 1);                       \
+#define SUM(rows, vectors)                                                                              \
+  case rows:                                                                                            \
+    if (a->bf16) value_tile(a, values, left, weights, stride, sums, outputs, at, rows, vectors, 1);     \
+    else value_tile(a, values, left, weights, stride, sums, outputs, at, rows, vectors, 0);             \
     break;
+#define SIX_SUMS(vectors) SUM(1, vectors) SUM(2, vectors) SUM(3, vectors) SUM(4, vectors) SUM(5, vectors) SUM(6, vectors)
+#define TWELVE_SUMS(vectors) \
+  SIX_SUMS(vectors) SUM(7, vectors) SUM(8, vectors) SUM(9, vectors) SUM(10, vectors) SUM(11, vectors) SUM(12, vectors)
+#define ARGUMENTS                                                                                                     \
+  const Attention *a, const void *values, long left, const float *weights, long stride, const float *sums,            \
+      const long *outputs, long at, long rows
+TARGET static void sum_one(ARGUMENTS) { switch (rows) { TWELVE_SUMS(1) } }
+TARGET static void sum_two(ARGUMENTS) { switch (rows) { TWELVE_SUMS(2) } }
+TARGET static void sum_three(ARGUMENTS) { switch (rows) { SIX_SUMS(3) } }
+TARGET static void sum_four(ARGUMENTS) { switch (rows) { SIX_SUMS(4) } }
 
 TARGET static void sum_values(const Attention *a, long start, const float *weights, long stride, const float *sums,
                               const long *outputs, long rows) {
-  for (; rows > 0; rows -= SUMS, weights += SUMS * stride, sums += SUMS, outputs += SUMS)
+  const long most = a->value_width > 32 ? SUMS / 2 : SUMS;
+  for (; rows > 0; rows -= most, weights += most * stride, sums += most, outputs += most)
     for (long at = 0; at < a->value_width; at += 64) {
-      const long left = a->value_width - at;
-      switch (rows < SUMS ? rows : SUMS) { VALUES(1) VALUES(2) VALUES(3) VALUES(4) VALUES(5) VALUES(6) }
+      const long left = a->value_width - at, now = rows < most ? rows : most;
+      const void *values = (const char *)a->value + (start + at) * (a->bf16 ? 2 : 4);
+      if (left > 48) sum_four(a, values, left, weights, stride, sums, outputs, at, now);
+      else if (left > 32) sum_three(a, values, left, weights, stride, sums, outputs, at, now);
+      else if (left > 16) sum_two(a, values, left, weights, stride, sums, outputs, at, now);
+      else sum_one(a, values, left, weights, stride, sums, outputs, at, now);
     }
 }
 
@@ -222,9 +277,13 @@ TARGET static void attend(const Attention *a, long item, long group, long row, l
       _mm512_storeu_ps(query + r * width + at, load(a->query, from + at, a->width - at, a->bf16));
     outputs[r] = ((item * a->rows + t) * a->heads + head) * a->value_width;
   }
+  const long keys = item * a->key_steps[0] + group * a->key_steps[1];
+  const long values = item * a->value_steps[0] + group * a->value_steps[1];
   for (long key = 0; key < a->keys; key += KEYS) {
-    const long start = item * a->key_steps[0] + group * a->key_steps[1] + key * a->key_steps[2];
-    turn_keys(a, a->key, start, a->keys - key, turned);
+    const long start = keys + key * a->key_steps[2], left = a->keys - key;
+    fetch(a, a->key, start + KEYS * a->key_steps[2], a->key_steps[2], left - KEYS, a->width);
+    turn_keys(a, a->key, start, left, turned);
+    fetch(a, a->value, values + key * a->value_steps[2], a->value_steps[2], left, a->value_width);
     score_rows(a, turned, query, width, scores + key, stride, count);
   }
   for (long r = 0; r < count; r++) {
@@ -232,7 +291,7 @@ TARGET static void attend(const Attention *a, long item, long group, long row, l
     const long size = a->mask_kind == BOOL_MASK ? 1 : a->bf16 ? 2 : 4;
     sums[r] = soften(a, (const char *)a->mask + at * size, scores + r * stride);
   }
-  sum_values(a, item * a->value_steps[0] + group * a->value_steps[1], scores, stride, sums, outputs, count);
+  sum_values(a, values, scores, stride, sums, outputs, count);
 }
 
 TARGET static void work(void *argument) {
