@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from . import native, quantised
+from . import native, pages, quantised
 from .quantised import LEVELS
 from .swap import Swap
 
@@ -52,6 +52,7 @@ class OneDnnInt8:
 
     def __init__(self, levels: Tensor, scales: Tensor) -> None:
         self._packed, self._scales = torch.ops.onednn.qlinear_prepack(levels, None), scales
+        pages.enlarge(torch.ops.mkldnn.data_ptr(self._packed), torch.ops.mkldnn._nbytes(self._packed))
         self._zeros = torch.zeros_like(scales, dtype=torch.int64)
         self.nbytes = levels.nbytes + scales.nbytes
 

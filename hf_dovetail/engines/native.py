@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from . import pages
 from .compiler import CompileError, library
 
 logger = logging.get_logger(__name__)
@@ -153,6 +154,7 @@ class _Native:
         found, reason = loaded()
         if found is None:
             raise RuntimeError(reason)
+        blocks = pages.copy(blocks)
         self._blocks, self._scales = blocks, scales
         self.nbytes = blocks.nbytes + (0 if scales is None else scales.nbytes)
         self._shape = outputs, width
@@ -205,7 +207,7 @@ class NativeInt8(_Native):
         outputs, width = levels.shape
         padded = _padded(levels.view(torch.uint8) ^ _ZERO_POINT, _INPUTS, _ZERO_POINT)
         inputs = padded.shape[1]
-        blocks = padded.view(-1, _COLUMNS, inputs // 4, 4).transpose(1, 2).contiguous()
+        blocks = padded.view(-1, _COLUMNS, inputs // 4, 4).transpose(1, 2)
         super().__init__(blocks, F.pad(scales, (0, -outputs % _COLUMNS)), outputs, width, inputs)
 
     def levels(self) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..curves import MAX_ROWS
+from . import pages
 from .native import NativeBf16
 from .swap import Swap
 
@@ -36,6 +37,7 @@ class OneDnnKernel:
     def __init__(self, weight: Tensor) -> None:
         self.shape, self.dtype = weight.shape, weight.dtype
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        pages.enlarge(torch.ops.mkldnn.data_ptr(self._packed), torch.ops.mkldnn._nbytes(self._packed))
         self._rows = _row_view(self._packed, weight)
         self._native, self._least = None, 0
         if NativeBf16.takes(self._rows):
