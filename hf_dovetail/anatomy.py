@@ -5,9 +5,10 @@ Knows what modules say of themselves and what a pass runs; knows nothing of what
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 _TRIED_TOKENS = 2
 _PACKAGE = __name__.split(".")[0]
+_CODE = ("co_code", "co_consts", "co_names", "co_varnames")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,15 @@ def keeps_forward(module: nn.Module) -> bool:
     """Whether a module computes what its class says: by its own forward, or by a kernel of this package."""
     forward = vars(module).get("forward")
     return forward is None or (isinstance(forward, partial) and forward.func.__module__.split(".")[0] == _PACKAGE)
+
+
+def same_code(function: Any, known: Callable) -> bool:
+    """Whether two functions are of one text, as models of transformers share theirs by copying; decorators included."""
+    code, expected = (getattr(each, "__code__", None) for each in (function, known))
+    if code is None or expected is None or any(getattr(code, part) != getattr(expected, part) for part in _CODE):
+        return False
+    decorated, inner = (getattr(each, "__wrapped__", None) for each in (function, known))
+    return decorated is inner or (None not in (decorated, inner) and same_code(decorated, inner))
 
 
 def decoder_layers(decoder: nn.Module) -> nn.ModuleList | None:

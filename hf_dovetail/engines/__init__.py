@@ -17,7 +17,7 @@ from .. import prefill
 from ..anatomy import is_quantised
 from ..dispatch import dispatch_of
 from ..threads import chosen_threads
-from . import activations, exact, int4, int8, ipex, norms, onednn
+from . import activations, exact, int4, int8, ipex, layers, norms, onednn
 
 logger = logging.get_logger(__name__)
 
@@ -95,6 +95,7 @@ def start_engine(model: PreTrainedModel, engine: str) -> None:
             _prepared[model] = _Prepared(name, ENGINES[name].prepare(model), exact.switch_on(model))
             activations.switch_on(model)
             norms.switch_on(model)
+            layers.switch_on(model)  # last: it builds on the others
             break
         reasons[name] = reason
     if engine not in ("auto", "eager", engine_of(model)):
@@ -112,13 +113,13 @@ def stop_engine(model: PreTrainedModel) -> None:
         RuntimeError: if the engine cannot give the weights back, saying why; the model then stays prepared.
     """
     if model in _prepared:
-        prepared = _prepared[model]
-        prepared.undo.undo()
-        exact.switch_off(model, prepared.attention)
+        _prepared[model].undo.undo()
+    prefill.remove(model)  # gives the layers back what it found there
+    if model in _prepared:
+        exact.switch_off(model, _prepared.pop(model).attention)
+        layers.switch_off(model)
         activations.switch_off(model)
         norms.switch_off(model)
-        del _prepared[model]
-    prefill.remove(model)
 
 
 def why_not(model: PreTrainedModel) -> str | None:

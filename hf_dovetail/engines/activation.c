@@ -1,11 +1,11 @@
 /* x times sigmoid(x (linear + cubic x^2)): SiLU, GELU by tanh and their kin. One sequence of operations for every number,
- * wherever it stands. */
+ * wherever it stands. Where there is a factor (a gated MLP's), the result is rounded and then multiplied by it. */
 #include "native.h"
 
 typedef struct {
-  const void *input;
+  const void *input, *factor; /* the factor may be missing */
   void *output; /* (rows, width) */
-  long rows, width, step; /* from one row of the input to the next */
+  long rows, width, step, factor_step; /* from one row of the input, and of the factor, to the next */
   float linear, cubic;
   int bf16, threads;
 } Activation;
@@ -26,13 +26,18 @@ TARGET static void work(void *argument) {
     const __m512 small = exponential(_mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(y), sign)));
     const __m512 above = _mm512_mask_mov_ps(small, _mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_GE_OQ), one);
     const __m512 gate = _mm512_div_ps(above, _mm512_add_ps(one, small));
-    store(a->output, row * a->width + at, a->width - at, a->bf16, _mm512_mul_ps(x, gate));
+    __m512 result = _mm512_mul_ps(x, gate);
+    if (a->factor) {
+      if (a->bf16) result = widen(narrow(result));
+      result = _mm512_mul_ps(result, load(a->factor, row * a->factor_step + at, a->width - at, a->bf16));
+    }
+    store(a->output, row * a->width + at, a->width - at, a->bf16, result);
   }
 }
 
-void dovetail_activation(const void *input, void *output, long rows, long width, long step, float linear, float cubic,
-                         int bf16, int threads) {
-  const Activation task = {input, output, rows, width, step, linear, cubic, bf16, threads};
+void dovetail_activation(const void *input, const void *factor, void *output, long rows, long width, long step,
+                         long factor_step, float linear, float cubic, int bf16, int threads) {
+  const Activation task = {input, factor, output, rows, width, step, factor_step, linear, cubic, bf16, threads};
   if (threads > 1) dovetail_parallel(work, (void *)&task, (unsigned)threads, 0);
   else work((void *)&task);
 }

@@ -6,11 +6,12 @@ the bits of a row depend on the rows beside it. Here they do not.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
@@ -42,6 +43,20 @@ def switch_off(model: PreTrainedModel) -> None:
             del module.forward
 
 
+def name_of(module: nn.Module) -> str | None:
+    """The name of the function that a module computes by the kernel, or None if it does not."""
+    forward = vars(module).get("forward")
+    return forward.args[0] if isinstance(forward, partial) and forward.func is _forward else None
+
+
+def gated(name: str, gate: Tensor, factor: Tensor) -> Tensor:
+    """The function of `gate`, times `factor`: (R, n) each, in one precision (bf16 or fp32), without gaps in a row.
+
+    The function's result is rounded before it is multiplied, as it is where two operations do it.
+    """
+    return _computed(native.loaded()[0], name, gate, factor)
+
+
 def _forward(name: str, input: Tensor) -> Tensor:
     """(..., n) in its own precision; what the kernel does not take goes to transformers' function of this name."""
     if torch.compiler.is_compiling():  # it is better part of what torch writes around it
@@ -52,14 +67,20 @@ def _forward(name: str, input: Tensor) -> Tensor:
         return ACT2FN[name](input)
     rows = input.reshape(-1, input.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    return _computed(kernels, name, rows).view(input.shape)
+
+
+def _computed(kernels: ctypes.CDLL, name: str, rows: Tensor, factor: Tensor | None = None) -> Tensor:
     output = torch.empty(rows.shape, dtype=rows.dtype, device="cpu")
     kernels.dovetail_activation(
         rows.data_ptr(),
+        0 if factor is None else factor.data_ptr(),
         output.data_ptr(),
         *rows.shape,
         rows.stride(0),
+        0 if factor is None else factor.stride(0),
         *_GATES[name],
         rows.dtype == torch.bfloat16,
         1 if rows.numel() < _ALONE else torch.get_num_threads(),
     )
-    return output.view(input.shape)
+    return output

@@ -1,8 +1,8 @@
 """The native kernels, compiled at first use, and products of rows with bf16 (`bf16.c`), 8-bit and 4-bit weights.
 
 They run on torch's own OpenMP threads. One quantised product (`native.c`) quantises the rows, multiplies and rescales;
-the 8-bit result has the bits of `int8.OneDnnInt8`. The other kernels are called by `exact`, `activations` and
-`norms`.
+the 8-bit result has the bits of `int8.OneDnnInt8`. The other kernels are called by `exact`, `activations`, `norms`
+and `rotary`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 GROUP = 32
 """Input channels of 4-bit weights that share a step and a lowest weight."""
 
-_NAMES = ("native.h", "native.c", "attention.c", "activation.c", "norm.c")
+_NAMES = ("native.h", "native.c", "attention.c", "activation.c", "norm.c", "rotary.c")
 _SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
 _BF16_SOURCE = Path(__file__).with_name("bf16.c")  # which needs a newer compiler
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=off", f"-DGROUP={GROUP}")
@@ -81,10 +81,13 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     found.dovetail_attention_scratch.argtypes, found.dovetail_attention_scratch.restype = [size, size], size
     found.dovetail_attention.argtypes = [number] * 8 + [ctypes.c_float] + [ctypes.c_int] * 3
     found.dovetail_attention.restype = None
-    found.dovetail_activation.argtypes = [number] * 2 + [size] * 3 + [ctypes.c_float] * 2 + [ctypes.c_int] * 2
+    found.dovetail_activation.argtypes = [number] * 3 + [size] * 4 + [ctypes.c_float] * 2 + [ctypes.c_int] * 2
     found.dovetail_activation.restype = None
     found.dovetail_norm.argtypes = [number] * 3 + [size] * 3 + [ctypes.c_float] + [ctypes.c_int] * 2
     found.dovetail_norm.restype = None
+    states = [number] * 2 + [size] * 2
+    found.dovetail_rotary.argtypes = [*states, *states, *[number] * 2, *[size] * 3, *[ctypes.c_int] * 2]
+    found.dovetail_rotary.restype = None
     return found, None
 
 

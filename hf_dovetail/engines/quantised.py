@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..packed import Kernel
 from . import onednn
 from .swap import BASE_LAYER, Swap, adapter_paths
 
@@ -91,6 +92,22 @@ class QuantisedKernel:
     def dense(self) -> Tensor:
         """The matrix (n, K) as it was quantised."""
         return self.matrix.dense(self._number).to(self.dtype)
+
+
+def stack_of(kernels: Sequence[Kernel]) -> Matrix | None:
+    """The matrix that consists of just these weights, in this order, if there is one."""
+    if not all(isinstance(kernel, QuantisedKernel) for kernel in kernels):
+        return None
+    matrix = kernels[0].matrix
+    found = [(kernel.matrix, kernel._number) for kernel in kernels]
+    return matrix if found == [(matrix, number) for number in range(len(matrix.places))] else None
+
+
+def parts_of_product(matrix: Matrix, rows: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """One product with all stacked weights: rows (..., K) bf16 or fp32 to (R, n) for each weight, its bias added."""
+    output = matrix.product(rows.reshape(-1, rows.shape[-1]))
+    parts = [output[:, place] for place in matrix.places]
+    return [part if bias is None else part.add_(bias) for part, bias in zip(parts, biases, strict=True)]
 
 
 @dataclass

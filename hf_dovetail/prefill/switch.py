@@ -5,7 +5,7 @@ The decoder's opens a pass, which its layers find in a context variable: other t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, Protocol
@@ -45,9 +45,9 @@ def switch_on(decoder: nn.Module, layers: Iterable[nn.Module], streaming: Stream
 
 
 def redirect(layers: Iterable[nn.Module]) -> None:
-    """Let layers ask the current pass what to do."""
+    """Let layers ask the current pass what to do; what it leaves to them they compute as before."""
     for layer in layers:
-        layer.forward = partial(_layer, layer)
+        layer.forward = partial(_layer, layer, vars(layer).get("forward"))
 
 
 def switch_off(decoder: nn.Module, layers: Iterable[nn.Module]) -> None:
@@ -57,6 +57,8 @@ def switch_off(decoder: nn.Module, layers: Iterable[nn.Module]) -> None:
         mine = vars(module).get("forward")
         if isinstance(mine, partial) and mine.func in (_decode, _layer):
             del module.forward
+            if mine.func is _layer and mine.args[1] is not None:
+                module.forward = mine.args[1]
 
 
 def streaming_of(decoder: nn.Module) -> Streaming | None:
@@ -106,9 +108,9 @@ def _may_stream(decoder: nn.Module, streaming: Streaming, named: dict[str, Any])
     )
 
 
-def _layer(layer: nn.Module, *args: Any, **named: Any) -> Any:
-    """Stands in for a layer's forward while its decoder is switched on."""
+def _layer(layer: nn.Module, before: Callable | None, *args: Any, **named: Any) -> Any:
+    """Stands in for a layer's forward, or for `before`, which it had instead, while its decoder is switched on."""
     now = None if torch.compiler.is_compiling() else current.get()
-    if now is None or not now.takes(layer, args, named):
-        return type(layer).forward(layer, *args, **named)
-    return now.run(layer, args, named)
+    if now is not None and now.takes(layer, args, named):
+        return now.run(layer, args, named)
+    return type(layer).forward(layer, *args, **named) if before is None else before(*args, **named)

@@ -1,0 +1,330 @@
+"""Whole decoder layers of Llama's kind out of kernels: rotary embedding, gated MLP, products of packed weights.
+
+In transformers' own layers, what is not matrix work is mostly Python. A layer here is computed by few calls, with the
+bits that its own forward would give; that one runs wherever somebody could see a difference: hooks on the modules
+within, modules or functions that were exchanged, gradients, torch.compile, autocast, prompts, other devices.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import output_capturing
+
+from ..anatomy import same_code
+from ..grouped import MOST_ROWS, NAME
+from ..packed import PackedWeight
+from . import activations, native, norms, rotary
+from .exact import exact_attention
+from .quantised import parts_of_product, stack_of
+
+_ATTENTIONS: dict[str, tuple[str, ...]] = {"llama": (), "mistral": (), "qwen2": (), "qwen3": ("q_norm", "k_norm")}
+"""Models of transformers whose attention is known, and its norms of queries and keys; each has a few copies."""
+_ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_ROTARY, _HALF = "apply_rotary_pos_emb", "rotate_half"
+
+
+def switch_on(model: PreTrainedModel) -> None:
+    """Let those layers of the model run on the kernels that can do so as they are now; where there are kernels."""
+    if native.why_not() is not None:
+        return
+    for layer in model.modules():
+        if "forward" not in vars(layer) and _look_into(layer) is not None:
+            layer.forward = partial(_forward, _Lean(layer))
+
+
+def switch_off(model: PreTrainedModel) -> None:
+    """Give the layers their own functions back."""
+    for module in model.modules():
+        if getattr(vars(module).get("forward"), "func", None) is _forward:
+            del module.forward
+
+
+class _Lean:
+    """A layer and what was last found in it.
+
+    It does not keep the layer alive: that would be a circle, and its weights would wait for the garbage collector.
+    A copy belongs to the layer's copy.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = weakref.ref(layer)
+        self._parts: _Parts | None = None
+
+    def __reduce__(self) -> tuple[type[_Lean], tuple[nn.Module | None]]:
+        return _Lean, (self.layer,)
+
+    @property
+    def layer(self) -> nn.Module:
+        """The layer."""
+        return self._layer()
+
+    def parts(self) -> _Parts | None:
+        """The layer's parts, or None if it has to run as it is."""
+        if self._parts is None or not self._parts.found.unchanged():
+            self._parts = _look_into(self.layer)
+        return None if self._parts is None or self._parts.found.watched() else self._parts
+
+
+def _forward(
+    lean: _Lean,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Cache | None = None,
+    use_cache: bool | None = False,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **options: Any,
+) -> Tensor:
+    """A decoder layer's forward, in transformers' interface.
+
+    Args:
+        hidden_states: (B, T, h). attention_mask: (B, 1, T, S) or None. position_embeddings: two of (1 or B, T, D).
+
+    Returns:
+        (B, T, h).
+    """
+    options |= {"position_ids": position_ids, "use_cache": use_cache}
+    layer, takes = lean.layer, not torch.compiler.is_compiling() and _takes(hidden_states, position_embeddings)
+    parts = lean.parts() if takes and not layer.training else None
+    if parts is None or not parts.fit(hidden_states):
+        options |= {"attention_mask": attention_mask, "past_key_values": past_key_values}
+        return type(layer).forward(layer, hidden_states, position_embeddings=position_embeddings, **options)
+    return parts.compute(hidden_states, attention_mask, past_key_values, position_embeddings, options)
+
+
+def _takes(hidden: Tensor, embeddings: tuple[Tensor, Tensor] | None) -> bool:
+    """Whether the kernels compute such a call as transformers does, if the layer's modules are as they were."""
+    if type(hidden) is not Tensor or hidden.ndim != 3 or not hidden.is_cpu or embeddings is None:
+        return False
+    if not 0 < hidden.shape[1] <= MOST_ROWS or hidden.shape[0] == 0:
+        return False
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch_module._has_any_global_hook():
+        return False
+    return rotary.takes(hidden, *embeddings)
+
+
+class _Linears:
+    """Linear layers with one input, on packed weights; those that lie in one matrix are computed as one product.
+
+    Args:
+        modules: `nn.Linear` with packed weights of one precision.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.dtype = modules[0].weight.dtype
+        self._kernels = [module.weight.kernel for module in modules]
+        self._biases = [module.bias for module in modules]
+        self._stack = stack_of(self._kernels)
+
+    def __call__(self, rows: Tensor) -> list[Tensor]:
+        """(B, T, K) to (B, T, n), or (B T, n), for each."""
+        if self._stack is not None:
+            return parts_of_product(self._stack, rows, self._biases)
+        return [kernel.linear(rows, bias) for kernel, bias in zip(self._kernels, self._biases, strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """What was found in a layer, to see whether it is still so.
+
+    Args:
+        modules: those within, and their classes.
+        forwards: classes, and their functions.
+        tables: dictionaries, a name in each, and what was found there.
+    """
+
+    modules: tuple[tuple[nn.Module, type], ...]
+    forwards: tuple[tuple[type, Callable], ...]
+    tables: tuple[tuple[dict[str, Any], str, Any], ...]
+
+    def unchanged(self) -> bool:
+        """Whether a call of the modules would compute what it would have computed then; looked up in every call."""
+        for table, name, value in self.tables:
+            if table.get(name) is not value:
+                return False
+        for kind, function in self.forwards:
+            if kind.forward is not function:
+                return False
+        return all(type(module) is kind for module, kind in self.modules)
+
+    def watched(self) -> bool:
+        """Whether hooks see what goes in and out of the modules."""
+        return any(_is_watched(module) for module, _ in self.modules)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether hooks see what goes in or out; transformers' recording ones, which stay, only while they record."""
+    state = vars(module)
+    if state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]:
+        return True
+    hooks = state["_forward_hooks"]
+    return bool(hooks) and not all(map(_is_at_rest, hooks.values()))
+
+
+def _is_at_rest(hook: Callable) -> bool:
+    collector = getattr(output_capturing, "_active_collector", None)
+    ours = collector is not None and getattr(hook, "__module__", None) == output_capturing.__name__
+    return ours and not collector.get()
+
+
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """What a layer is computed from, looked up once.
+
+    Args:
+        found: where it comes from.
+        attention: the module.
+        norms: of the layer's input and of the MLP's.
+        head_norms: of queries and keys, or none.
+        norm_weights: of all these norms.
+        states, gates: what makes queries, keys and values, and what goes through the gated MLP.
+        output, down: what brings them back to the hidden states' width.
+        activation: the name of the gate's function.
+    """
+
+    found: _Found
+    attention: nn.Module
+    norms: tuple[nn.Module, ...]
+    head_norms: tuple[nn.Module, ...]
+    norm_weights: tuple[Tensor, ...]
+    states: _Linears
+    output: _Linears
+    gates: _Linears
+    down: _Linears
+    activation: str
+
+    def fit(self, hidden: Tensor) -> bool:
+        """Whether hidden states have the weights' precision, and the model uses this package's attention."""
+        dtype, attention = hidden.dtype, self.attention
+        if attention.training or attention.config._attn_implementation != NAME or self.states.dtype != dtype:
+            return False
+        return all(weight.dtype == dtype for weight in self.norm_weights)
+
+    def compute(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        cache: Cache | None,
+        embeddings: tuple[Tensor, Tensor],
+        options: dict[str, Any],
+    ) -> Tensor:
+        """(B, T, h) to (B, T, h), in transformers' order."""
+        attention, (batch, rows, _) = self.attention, hidden.shape
+        states = self.states(self.norms[0].forward(hidden))
+        query, key, value = (each.view(batch, rows, -1, attention.head_dim) for each in states)
+        if self.head_norms:
+            query, key = self.head_norms[0].forward(query), self.head_norms[1].forward(key)
+        query, key = rotary.rotate(query, key, *embeddings)
+        value = value.transpose(1, 2)
+        if cache is not None:
+            key, value = cache.update(key, value, attention.layer_idx)
+        attended = exact_attention(attention, query, key, value, mask, 0.0, attention.scaling, **options)[0]
+        hidden = hidden + self.output(attended.reshape(batch, rows, -1))[0].view(hidden.shape)
+        gate, up = (each.view(batch * rows, -1) for each in self.gates(self.norms[1].forward(hidden)))
+        inner = activations.gated(self.activation, gate, up).view(batch, rows, -1)
+        return hidden + self.down(inner)[0].view(hidden.shape)
+
+
+def _look_into(layer: nn.Module) -> _Parts | None:
+    """What to compute a layer from, or None if it has to run as it is."""
+    attention, mlp = (getattr(layer, name, None) for name in ("self_attn", "mlp"))
+    linears = [getattr(attention, name, None) for name in _ATTENTION_LINEARS] + [getattr(mlp, name, None) for name in _MLP_LINEARS]
+    if not all(type(each) is nn.Linear and isinstance(each.weight, PackedWeight) for each in linears):
+        return None
+    head_norms = _names_of_head_norms(layer)
+    if head_norms is None or len({each.weight.dtype for each in linears}) != 1:
+        return None
+    inner_norms = [getattr(attention, name) for name in head_norms]
+    layer_norms = [getattr(layer, name) for name in _NORMS]
+    activation = activations.name_of(mlp.act_fn)
+    if activation is None or not all(map(norms.is_on, (*layer_norms, *inner_norms))):
+        return None
+    if not all(map(_runs_its_class, (attention, mlp, *linears))):
+        return None
+    query, key, value, output, gate, up, down = linears
+    return _Parts(
+        found=_found(layer, type(attention).forward.__globals__),
+        attention=attention,
+        norms=tuple(layer_norms),
+        head_norms=tuple(inner_norms),
+        norm_weights=tuple(norm.weight for norm in (*layer_norms, *inner_norms)),
+        states=_Linears((query, key, value)),
+        output=_Linears((output,)),
+        gates=_Linears((gate, up)),
+        down=_Linears((down,)),
+        activation=activation,
+    )
+
+
+def _found(layer: nn.Module, functions: dict[str, Any]) -> _Found:
+    """What there is in a layer, and among the functions that its attention finds by their names."""
+    within = list(layer.modules())[1:]
+    tables: list[tuple[dict[str, Any], str, Any]] = []
+    for module in (layer, *within):
+        for held in (module._modules, module._parameters):
+            tables += [(held, name, value) for name, value in held.items()]
+    for module in within:
+        tables += [(vars(module), "forward", vars(module).get("forward")), (vars(module), "_compiled_call_impl", None)]
+    rotary_functions = functions[_ROTARY].__globals__
+    tables += [(functions, _ROTARY, functions[_ROTARY]), (rotary_functions, _HALF, rotary_functions[_HALF])]
+    kinds = {type(module) for module in (layer, *within)}
+    return _Found(
+        tuple((module, type(module)) for module in within),
+        tuple((kind, kind.forward) for kind in kinds),
+        tuple(tables),
+    )
+
+
+def _names_of_head_norms(layer: nn.Module) -> tuple[str, ...] | None:
+    """Where a layer of known code has its norms of queries and keys (most have none), or None for other layers."""
+    llama, attention = _reference("llama"), type(layer.self_attn)
+    functions = getattr(attention.forward, "__globals__", {})
+    rotate = functions.get(_ROTARY)
+    known = (
+        (type(layer).forward, llama.LlamaDecoderLayer.forward),
+        (type(layer.mlp).forward, llama.LlamaMLP.forward),
+        (rotate, llama.apply_rotary_pos_emb),
+        (getattr(rotate, "__globals__", {}).get(_HALF), llama.rotate_half),
+    )
+    if functions.get("ALL_ATTENTION_FUNCTIONS") is not ALL_ATTENTION_FUNCTIONS:
+        return None
+    if not all(_is_copy(function, own) for function, own in known):
+        return None
+    for name, head_norms in _ATTENTIONS.items():
+        if _is_copy(attention.forward, getattr(_reference(name), f"{name.capitalize()}Attention").forward):
+            return head_norms
+    return None
+
+
+@functools.cache
+def _reference(name: str) -> ModuleType:
+    """transformers' file of a model, imported when it is needed: it imports the Auto classes."""
+    return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+
+
+def _is_copy(function: Any, known: Callable) -> bool:
+    """Whether a function is transformers' own and of known code; other libraries put theirs in the same places."""
+    return getattr(function, "__module__", "").startswith("transformers.models.") and same_code(function, known)
+
+
+def _runs_its_class(module: nn.Module) -> bool:
+    """Whether a module has no forward but its class's; accelerate leaves that one as an attribute."""
+    forward = vars(module).get("forward")
+    own = getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
+    return forward is None or own
