@@ -24,7 +24,7 @@ from hf_dovetail.anatomy import decoder_layers
 from hf_dovetail.cache import GrowingCache, held_states, num_cache_layers
 from hf_dovetail.curves import MAX_ROWS
 from hf_dovetail.demo import demo_prompts, load_pair
-from hf_dovetail.engines import onednn
+from hf_dovetail.engines import layers, native, onednn
 from hf_dovetail.prefill import calls, measure, passes, upload
 from hf_dovetail.prefill.switch import streaming_of
 from hf_dovetail.target import FeatureTap
@@ -497,3 +497,30 @@ def test_a_device_that_computes_something_else_is_refused(
         assert "differs" in prefill.install(model, "eager")
     assert streaming_of(model.get_decoder()) is None
     assert not (tmp_path / "hf_dovetail" / "prefill").exists()
+
+
+@needs_onednn
+@pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+@torch.no_grad()
+def test_layers_out_of_kernels_stay_so_for_few_rows(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the order in which two stand-ins for a layer's forward come and go."""
+    lean: list[Any] = []
+    own = layers._Parts.compute
+    monkeypatch.setattr(layers._Parts, "compute", lambda parts, *args: lean.append(parts) or own(parts, *args))
+    model = tiny.build("llama")
+    expected = logits(model, tiny.prompt(5))[0]
+    streamed(model, "onednn")
+    for one in (model, copy.deepcopy(model)):
+        for layer in one.model.layers:
+            before = layer.forward.args[1]
+            assert before.func is layers._forward
+            assert before.args[0].layer is layer
+    torch.testing.assert_close(logits(model, tiny.prompt(5))[0], expected, rtol=1e-4, atol=1e-4)
+    assert len(lean) == 3
+    into, _, _ = crossed(accelerator, lambda: logits(model, LONG))
+    assert into > 0
+    assert len(lean) == 3
+    prefill.remove(model)
+    assert all(layer.forward.func is layers._forward for layer in model.model.layers)
+    restore_target(model)
+    assert not any("forward" in vars(module) for module in model.modules())

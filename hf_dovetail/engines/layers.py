@@ -244,7 +244,9 @@ class _Parts:
 def _look_into(layer: nn.Module) -> _Parts | None:
     """What to compute a layer from, or None if it has to run as it is."""
     attention, mlp = (getattr(layer, name, None) for name in ("self_attn", "mlp"))
-    linears = [getattr(attention, name, None) for name in _ATTENTION_LINEARS] + [getattr(mlp, name, None) for name in _MLP_LINEARS]
+    linears = [getattr(attention, name, None) for name in _ATTENTION_LINEARS] + [
+        getattr(mlp, name, None) for name in _MLP_LINEARS
+    ]
     if not all(type(each) is nn.Linear and isinstance(each.weight, PackedWeight) for each in linears):
         return None
     head_norms = _names_of_head_norms(layer)
