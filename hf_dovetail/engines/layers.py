@@ -130,7 +130,7 @@ class _Linears:
         self.dtype = modules[0].weight.dtype
         self._kernels = [module.weight.kernel for module in modules]
         self._biases = [module.bias for module in modules]
-        self._stack = stack_of(self._kernels)
+        self._stack = stack_of(self._kernels) if len(modules) > 1 else None
 
     def __call__(self, rows: Tensor) -> list[Tensor]:
         """(B, T, K) to (B, T, n), or (B T, n), for each."""
@@ -244,9 +244,8 @@ class _Parts:
 def _look_into(layer: nn.Module) -> _Parts | None:
     """What to compute a layer from, or None if it has to run as it is."""
     attention, mlp = (getattr(layer, name, None) for name in ("self_attn", "mlp"))
-    linears = [getattr(attention, name, None) for name in _ATTENTION_LINEARS] + [
-        getattr(mlp, name, None) for name in _MLP_LINEARS
-    ]
+    linears = [getattr(attention, name, None) for name in _ATTENTION_LINEARS]
+    linears += [getattr(mlp, name, None) for name in _MLP_LINEARS]
     if not all(type(each) is nn.Linear and isinstance(each.weight, PackedWeight) for each in linears):
         return None
     head_norms = _names_of_head_norms(layer)
