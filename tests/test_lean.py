@@ -161,6 +161,40 @@ def test_a_forward_of_the_users_stays() -> None:
     assert model.model.layers[1].forward is own
 
 
+def as_kernels_does(function: Callable) -> nn.Module:
+    """The module that the `kernels` library makes of a function that it may exchange."""
+
+    class Func(nn.Module):
+        def forward(self, *args: Any, **named: Any) -> Any:
+            return function(*args, **named)
+
+    Func.__module__ = "kernels.layer.func"
+    return Func()
+
+
+@torch.no_grad()
+def test_a_function_that_may_be_exchanged_counts_once_it_is(taken: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = as_kernels_does(layers._function(modeling_llama.apply_rotary_pos_emb))
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", module)
+    model, ids = prepared(), tiny.prompt(5)
+    first = model(ids).logits
+    assert len(taken) == 3
+    module.forward = lambda query, key, cosines, sines: (query, key)
+    assert not torch.equal(model(ids).logits, first)
+    assert len(taken) == 3
+    del module.forward
+    handle = module.register_forward_pre_hook(lambda *_: None)
+    model(ids)
+    assert len(taken) == 3
+    handle.remove()
+    assert torch.equal(model(ids).logits, first)
+    assert len(taken) == 6
+    other = as_kernels_does(lambda query, key, cosines, sines: (query, key))
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", other)
+    model(ids)
+    assert len(taken) == 6
+
+
 def outputs_seen(model: PreTrainedModel, name: str) -> list[Tensor]:
     """What a hook on a module of the second layer sees of its outputs, and the logits."""
     seen: list[Tensor] = []

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -275,15 +275,16 @@ def _look_into(layer: nn.Module) -> _Parts | None:
 
 def _found(layer: nn.Module, functions: dict[str, Any]) -> _Found:
     """What there is in a layer, and among the functions that its attention finds by their names."""
-    within = list(layer.modules())[1:]
+    within, rotate = list(layer.modules())[1:], functions[_ROTARY]
+    within += [rotate] if isinstance(rotate, nn.Module) else []
     tables: list[tuple[dict[str, Any], str, Any]] = []
     for module in (layer, *within):
         for held in (module._modules, module._parameters):
             tables += [(held, name, value) for name, value in held.items()]
     for module in within:
         tables += [(vars(module), "forward", vars(module).get("forward")), (vars(module), "_compiled_call_impl", None)]
-    rotary_functions = functions[_ROTARY].__globals__
-    tables += [(functions, _ROTARY, functions[_ROTARY]), (rotary_functions, _HALF, rotary_functions[_HALF])]
+    halves = _function(rotate).__globals__
+    tables += [(functions, _ROTARY, rotate), (halves, _HALF, halves[_HALF])]
     kinds = {type(module) for module in (layer, *within)}
     return _Found(
         tuple((module, type(module)) for module in within),
@@ -296,11 +297,11 @@ def _names_of_head_norms(layer: nn.Module) -> tuple[str, ...] | None:
     """Where a layer of known code has its norms of queries and keys (most have none), or None for other layers."""
     llama, attention = _reference("llama"), type(layer.self_attn)
     functions = getattr(attention.forward, "__globals__", {})
-    rotate = functions.get(_ROTARY)
+    rotate = _function(functions.get(_ROTARY))
     known = (
         (type(layer).forward, llama.LlamaDecoderLayer.forward),
         (type(layer.mlp).forward, llama.LlamaMLP.forward),
-        (rotate, llama.apply_rotary_pos_emb),
+        (rotate, _function(llama.apply_rotary_pos_emb)),
         (getattr(rotate, "__globals__", {}).get(_HALF), llama.rotate_half),
     )
     if functions.get("ALL_ATTENTION_FUNCTIONS") is not ALL_ATTENTION_FUNCTIONS:
@@ -311,6 +312,18 @@ def _names_of_head_norms(layer: nn.Module) -> tuple[str, ...] | None:
         if _is_copy(attention.forward, getattr(_reference(name), f"{name.capitalize()}Attention").forward):
             return head_norms
     return None
+
+
+def _function(found: Any) -> Any:
+    """A function that the `kernels` library has made a module of, until it exchanges the module's forward."""
+    if (
+        not isinstance(found, nn.Module)
+        or not type(found).__module__.startswith("kernels.")
+        or not _runs_its_class(found)
+    ):
+        return found
+    cells = type(found).forward.__closure__ or ()
+    return next((cell.cell_contents for cell in cells if isinstance(cell.cell_contents, FunctionType)), None)
 
 
 @functools.cache
