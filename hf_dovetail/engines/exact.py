@@ -81,7 +81,7 @@ def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bo
         return False
     if query.dtype not in (torch.bfloat16, torch.float32) or any(each.dtype != query.dtype for each in states):
         return False
-    if any(each.device.type != "cpu" or each.stride(3) != 1 or each.requires_grad for each in states):
+    if any(not each.is_cpu or each.stride(3) != 1 or each.requires_grad for each in states):
         return False
     if mask is None:
         return True

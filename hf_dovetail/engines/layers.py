@@ -214,7 +214,7 @@ class _Parts:
         dtype, attention = hidden.dtype, self.attention
         if attention.training or attention.config._attn_implementation != NAME or self.states.dtype != dtype:
             return False
-        return all(weight.dtype == dtype for weight in self.norm_weights)
+        return all(norms.can_normalise(weight, dtype) for weight in self.norm_weights)
 
     def compute(
         self,
@@ -226,17 +226,17 @@ class _Parts:
     ) -> Tensor:
         """(B, T, h) to (B, T, h), in transformers' order."""
         attention, (batch, rows, _) = self.attention, hidden.shape
-        states = self.states(self.norms[0].forward(hidden))
+        states = self.states(norms.normalised(self.norms[0], hidden))
         query, key, value = (each.view(batch, rows, -1, attention.head_dim) for each in states)
         if self.head_norms:
-            query, key = self.head_norms[0].forward(query), self.head_norms[1].forward(key)
+            query, key = map(norms.normalised, self.head_norms, (query, key))
         query, key = rotary.rotate(query, key, *embeddings)
         value = value.transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, attention.layer_idx)
         attended = exact_attention(attention, query, key, value, mask, 0.0, attention.scaling, **options)[0]
         hidden = hidden + self.output(attended.reshape(batch, rows, -1))[0].view(hidden.shape)
-        gate, up = (each.view(batch * rows, -1) for each in self.gates(self.norms[1].forward(hidden)))
+        gate, up = (each.view(batch * rows, -1) for each in self.gates(norms.normalised(self.norms[1], hidden)))
         inner = activations.gated(self.activation, gate, up).view(batch, rows, -1)
         return hidden + self.down(inner)[0].view(hidden.shape)
 

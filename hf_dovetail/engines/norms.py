@@ -52,22 +52,33 @@ def _forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
     """(..., n) in its own precision; what the kernel does not take goes to the module's own function."""
     weight, dtype = module.weight, hidden_states.dtype
     kernels = None if torch.compiler.is_compiling() else native.loaded()[0]
-    plain = dtype in (torch.bfloat16, torch.float32) and weight.dtype == dtype and weight.is_contiguous()
-    here = hidden_states.device.type == weight.device.type == "cpu" and hidden_states.numel() > 0
+    plain = dtype in (torch.bfloat16, torch.float32) and can_normalise(weight, dtype)
+    here = hidden_states.is_cpu and hidden_states.numel() > 0
     learns = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
     if kernels is None or not plain or not here or learns:
         return type(module).forward(module, hidden_states)
+    return normalised(module, hidden_states)
+
+
+def can_normalise(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `normalised` takes a norm's weight, for hidden states on the CPU in this precision (bf16 or fp32)."""
+    return weight.dtype == dtype and weight.is_cpu and weight.is_contiguous()
+
+
+def normalised(module: nn.Module, hidden_states: Tensor) -> Tensor:
+    """What a module that `is_on` computes of (..., n), in its weight's precision, without gradients."""
+    weight = module.weight
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    output = torch.empty(hidden_states.shape, dtype=dtype, device="cpu")
-    kernels.dovetail_norm(
+    output = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device="cpu")
+    native.loaded()[0].dovetail_norm(
         rows.data_ptr(),
         output.data_ptr(),
         weight.data_ptr(),
         *rows.shape,
         rows.stride(0),
         module.variance_epsilon,
-        dtype == torch.bfloat16,
+        rows.dtype == torch.bfloat16,
         1 if rows.numel() < _ALONE else torch.get_num_threads(),
     )
     return output
