@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama
+from transformers.models.nemotron import modeling_nemotron
+from transformers.models.qwen2 import modeling_qwen2
 from transformers.utils import output_capturing
 
 from hf_dovetail import prepare_target, restore_target
 from hf_dovetail.cache import GrowingCache
-from hf_dovetail.engines import activations, layers, native, norms, rotary
+from hf_dovetail.engines import activations, int4, layers, native, norms, onednn, rotary
+from hf_dovetail.engines.quantised import QuantisedKernel, stack_of
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 ENGINES = ("onednn", "int8", "int4")
@@ -148,6 +151,27 @@ def test_another_rotary_embedding_is_seen_in_layers_of_the_same_code(kind: str) 
     config = AutoConfig.for_model(kind, **{**tiny.FAMILIES["qwen2"][1]})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     assert lean_layers(prepare_target(model, engine="onednn")) == []
+
+
+def test_each_function_of_the_rotary_embedding_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(lean_layers(prepare_target(tiny.build("qwen2"), engine="onednn"))) == 2
+    monkeypatch.setattr(modeling_qwen2, "apply_rotary_pos_emb", modeling_nemotron.apply_rotary_pos_emb)
+    assert lean_layers(prepare_target(tiny.build("qwen2"), engine="onednn")) == []
+
+
+def test_only_a_whole_stack_in_its_order_is_one_product() -> None:
+    matrix, other = int4.Int4Matrix(), int4.Int4Matrix()
+    first, second, third = (QuantisedKernel("weight", torch.randn(n, 32), matrix) for n in (8, 16, 24))
+    alone = QuantisedKernel("weight", torch.randn(8, 32), other)
+    assert stack_of([first, second, third]) is matrix
+    assert stack_of([alone]) is other
+    for kernels in (
+        [first, second],
+        [second, first, third],
+        [first, second, alone],
+        [onednn.OneDnnKernel(torch.eye(8))],
+    ):
+        assert stack_of(kernels) is None
 
 
 def test_a_forward_of_the_users_stays() -> None:

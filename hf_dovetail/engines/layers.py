@@ -76,9 +76,10 @@ class _Lean:
 
     def parts(self) -> _Parts | None:
         """The layer's parts, or None if it has to run as it is."""
-        if self._parts is None or not self._parts.found.unchanged():
-            self._parts = _look_into(self.layer)
-        return None if self._parts is None or self._parts.found.watched() else self._parts
+        parts = self._parts
+        if parts is None or not parts.found.unchanged():
+            parts = self._parts = _look_into(self.layer)
+        return None if parts is None or parts.found.watched() else parts
 
 
 def _forward(
