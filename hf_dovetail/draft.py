@@ -14,6 +14,7 @@ from .config import TreeShape
 from .devices import to_device
 from .draws import Choice, SharedDraws
 from .graphs import DeviceRounds
+from .host import for_host
 from .levels import KeepGoing, expand_on_device, expand_on_host
 from .network import DraftNetwork
 from .steps import BlockSteps, LanguageModelSteps
@@ -51,7 +52,7 @@ class DraftSession:
         if network is None:
             self._steps = LanguageModelSteps(draft, capacity, sharpness)
         elif self._on_host:
-            self._steps = BlockSteps(network, network.new_rows(capacity), sharpness)
+            self._steps = BlockSteps(for_host(network), network.new_rows(capacity), sharpness)
         else:
             self._rounds = DeviceRounds(network, draft.pool, capacity, sharpness)
             self._steps = self._rounds.steps

@@ -212,11 +212,24 @@ class DraftNetwork(PreTrainedModel):
             mask: (B or 1, 1, T, K) bool, or to be added, in the network's precision; None: all keys for all rows.
             store: earlier rows' keys and values.
         """
-        hidden = self.fusion(look_up(tokens, self._embedding, features.dtype), features)
+        hidden = self.fusion(self.embed(tokens), features)
         if mask is not None:
             mask = fold_mask(mask, self.config.num_attention_heads // self.config.num_key_value_heads)
         for layer in self.layers:
             hidden = layer(hidden, rotation, mask, store)
+        return self.finish(hidden)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks behind the fusion."""
+        return self.layers
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, T) tokens to (B, T, h), what the fusion reads beside the features."""
+        return look_up(tokens, self._embedding, self.dtype)
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """(B, T, h) of the last block, as the next level reads them."""
         return self.norm(hidden) if self.config.norm_output else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -42,11 +42,12 @@ class RecastLM:
 
     input_size = 0
     target_ids = None
+    fusion = None
 
     def __init__(self, lm: PreTrainedModel, config: DovetailConfig, tokens: int) -> None:
         decoder = lm.get_decoder()
         self._embedding, self._head = lm.get_input_embeddings(), lm.get_output_embeddings()
-        self._blocks, self._norm = [_block(layer, config) for layer in decoder_layers(decoder)], _norm(decoder.norm)
+        self.blocks, self._norm = [_block(layer, config) for layer in decoder_layers(decoder)], _norm(decoder.norm)
         self.rotary = RotaryTable(config, decoder.rotary_emb)
         self.device, self.dtype = lm.device, lm.dtype
         self._tokens, self._groups = tokens, config.num_attention_heads // config.num_key_value_heads
@@ -61,11 +62,19 @@ class RecastLM:
         store: KeyValueStore | None = None,
     ) -> Tensor:
         """See `steps.Network`; tokens are all that it reads."""
-        hidden = self._embedding(tokens)
+        hidden = self.embed(tokens)
         if mask is not None:
             mask = fold_mask(mask, self._groups)
-        for block in self._blocks:
+        for block in self.blocks:
             hidden = block(hidden, rotation, mask, store)
+        return self.finish(hidden)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, T) tokens to (B, T, h), what the first block reads."""
+        return self._embedding(tokens)
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """(B, T, h) of the last block, as the LM head reads them."""
         return self._norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -78,7 +87,7 @@ class RecastLM:
 
     def addresses(self) -> tuple:
         """See `steps.Network`."""
-        parts = (self._embedding, *self._blocks, self._norm, self._head)
+        parts = (self._embedding, *self.blocks, self._norm, self._head)
         tensors = (tensor for part in parts for tensor in (*part.parameters(), *part.buffers()))
         return tuple((id(tensor) if _is_wrapped(tensor) else tensor.data_ptr(), tensor.dtype) for tensor in tensors)
 

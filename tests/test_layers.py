@@ -34,7 +34,7 @@ LAYERS = (
     ("weights", "recast", "probe", "controller", "stats", "prefill"),
     ("network", "target", "engines"),
     ("modeling", "steps"),
-    ("graphs", "learned", "prepare"),
+    ("graphs", "host", "learned", "prepare"),
     ("draft",),
     ("drafting",),
     ("decode",),

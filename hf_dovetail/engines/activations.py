@@ -31,8 +31,8 @@ def switch_on(model: PreTrainedModel) -> None:
     if native.why_not() is not None:
         return
     for module in model.modules():
-        name = _NAME_OF.get(type(module))
-        if name is not None and not getattr(module, "inplace", False) and "forward" not in vars(module):
+        name = function_of(module)
+        if name is not None and "forward" not in vars(module):
             module.forward = partial(_forward, name)
 
 
@@ -41,6 +41,11 @@ def switch_off(model: PreTrainedModel) -> None:
     for module in model.modules():
         if getattr(vars(module).get("forward"), "func", None) is _forward:
             del module.forward
+
+
+def function_of(module: nn.Module) -> str | None:
+    """The name of the function that a module stands for, or None if the kernel does not know it."""
+    return None if getattr(module, "inplace", False) else _NAME_OF.get(type(module))
 
 
 def name_of(module: nn.Module) -> str | None:

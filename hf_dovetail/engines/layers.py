@@ -227,19 +227,23 @@ class _Parts:
     ) -> Tensor:
         """(B, T, h) to (B, T, h), in transformers' order."""
         attention, (batch, rows, _) = self.attention, hidden.shape
-        states = self.states(norms.normalised(self.norms[0], hidden))
+        states = self.states(_normed(self.norms[0], hidden))
         query, key, value = (each.view(batch, rows, -1, attention.head_dim) for each in states)
         if self.head_norms:
-            query, key = map(norms.normalised, self.head_norms, (query, key))
+            query, key = map(_normed, self.head_norms, (query, key))
         query, key = rotary.rotate(query, key, *embeddings)
         value = value.transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, attention.layer_idx)
         attended = exact_attention(attention, query, key, value, mask, 0.0, attention.scaling, **options)[0]
         hidden = hidden + self.output(attended.reshape(batch, rows, -1))[0].view(hidden.shape)
-        gate, up = (each.view(batch * rows, -1) for each in self.gates(norms.normalised(self.norms[1], hidden)))
+        gate, up = (each.view(batch * rows, -1) for each in self.gates(_normed(self.norms[1], hidden)))
         inner = activations.gated(self.activation, gate, up).view(batch, rows, -1)
         return hidden + self.down(inner)[0].view(hidden.shape)
+
+
+def _normed(norm: nn.Module, states: Tensor) -> Tensor:
+    return norms.normalised(states, norm.weight, norm.variance_epsilon)
 
 
 def _look_into(layer: nn.Module) -> _Parts | None:

@@ -126,6 +126,16 @@ class NativeBf16:
         self._width = 2 * blocks.shape[1]
         self._most_threads = 1 if outputs * self._width < _ALONE else len(blocks)
 
+    @classmethod
+    def of(cls, weight: Tensor) -> NativeBf16 | None:
+        """A packed copy of a matrix (N, K), or None if the kernel is not here or does not take it."""
+        (outputs, inputs), (columns, pair) = weight.shape, _BF16_BLOCK
+        if weight.dtype != torch.bfloat16 or inputs % pair or not hasattr(loaded()[0], "dovetail_bf16_product"):
+            return None
+        padded = F.pad(weight, (0, 0, 0, -outputs % columns))
+        blocks = padded.view(-1, columns, inputs // pair, pair).transpose(1, 2)
+        return cls(pages.copy(blocks), outputs)
+
     @staticmethod
     def takes(blocks: Tensor | None) -> bool:
         """Whether the kernel is here and knows this layout."""

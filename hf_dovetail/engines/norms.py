@@ -57,7 +57,7 @@ def _forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
     learns = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
     if kernels is None or not plain or not here or learns:
         return type(module).forward(module, hidden_states)
-    return normalised(module, hidden_states)
+    return normalised(hidden_states, weight, module.variance_epsilon)
 
 
 def can_normalise(weight: Tensor, dtype: torch.dtype) -> bool:
@@ -65,20 +65,19 @@ def can_normalise(weight: Tensor, dtype: torch.dtype) -> bool:
     return weight.dtype == dtype and weight.is_cpu and weight.is_contiguous()
 
 
-def normalised(module: nn.Module, hidden_states: Tensor) -> Tensor:
-    """What a module that `is_on` computes of (..., n), in its weight's precision, without gradients."""
-    weight = module.weight
-    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+def normalised(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """The norm of (..., n) on the CPU, bf16 or fp32 as its weight (n,), by the kernel, without gradients."""
+    rows = states.reshape(-1, states.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    output = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device="cpu")
+    output = torch.empty(states.shape, dtype=states.dtype, device="cpu")
     native.loaded()[0].dovetail_norm(
         rows.data_ptr(),
         output.data_ptr(),
         weight.data_ptr(),
         *rows.shape,
         rows.stride(0),
-        module.variance_epsilon,
-        rows.dtype == torch.bfloat16,
+        epsilon,
+        states.dtype == torch.bfloat16,
         1 if rows.numel() < _ALONE else torch.get_num_threads(),
     )
     return output
