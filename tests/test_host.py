@@ -1,4 +1,4 @@
-"""Drafts out of native kernels: the rows of the network itself, from its weights as they are, and when it runs itself."""
+"""Drafts out of native kernels: the rows of the network itself, its weights as they are, and when it has to run."""
 
 from __future__ import annotations
 
