@@ -15,6 +15,7 @@
 
 enum {
   KEYS = 32,  /* of a block: two vectors */
+  FETCHED = 1 << 18, /* bytes of a head's values that stay in the cache until they are needed */
   TOGETHER = 32, /* rows that share the transposed keys */
   TILE = 8,   /* rows multiplied with a block of keys */
   SUMS = 12,  /* rows whose values are summed together; half as many where a value is wider than two vectors */
@@ -83,6 +84,7 @@ TARGET static void turn_keys(const Attention *a, const void *keys, long start, l
         const long from = start + (column + i) * step + at, left = column + i < count ? a->width - at : 0;
         const __mmask32 mask = left >= 32 ? 0xffffffffu : (__mmask32)((1ull << (left > 0 ? left : 0)) - 1);
         const char *at_key = (const char *)keys + from * (a->bf16 ? 2 : 4);
+        _mm_prefetch(at_key + KEYS * step * (a->bf16 ? 2 : 4), _MM_HINT_T0);
         block[i] = a->bf16 ? _mm512_maskz_loadu_epi16(mask, at_key)
                            : _mm512_castps_si512(_mm512_maskz_loadu_ps(first(left), at_key));
       }
@@ -279,11 +281,11 @@ TARGET static void attend(const Attention *a, long item, long group, long row, l
   }
   const long keys = item * a->key_steps[0] + group * a->key_steps[1];
   const long values = item * a->value_steps[0] + group * a->value_steps[1];
+  const int fetches = a->keys * a->value_width * (a->bf16 ? 2 : 4) <= FETCHED;
   for (long key = 0; key < a->keys; key += KEYS) {
     const long start = keys + key * a->key_steps[2], left = a->keys - key;
-    fetch(a, a->key, start + KEYS * a->key_steps[2], a->key_steps[2], left - KEYS, a->width);
     turn_keys(a, a->key, start, left, turned);
-    fetch(a, a->value, values + key * a->value_steps[2], a->value_steps[2], left, a->value_width);
+    if (fetches) fetch(a, a->value, values + key * a->value_steps[2], a->value_steps[2], left, a->value_width);
     score_rows(a, turned, query, width, scores + key, stride, count);
   }
   for (long r = 0; r < count; r++) {
