@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ..config import DovetailConfig
@@ -148,17 +148,14 @@ class MappedDraft(DovetailAssistantModel):
         finally:
             self.config = mapped
 
+    @property
+    def input_size(self) -> int:
+        """Of the small draft."""
+        return self._small[1].hidden_size
 
-class _FirstEntries(nn.Module):
-    """A fusion that reads the first `size` entries of wide features; the draft's own ones have no more."""
-
-    def __init__(self, fusion: nn.Module, size: int) -> None:
-        super().__init__()
-        self.fusion, self.size = fusion, size
-
-    def forward(self, embeddings: Tensor, features: Tensor) -> Tensor:
-        """Fuse (B, T, d) embeddings with (B, T, D) features of the widened target, or (B, T, d) of the draft."""
-        return self.fusion(embeddings, features[..., : self.size])
+    def encode(self, features: Tensor) -> Tensor:
+        """(B, T, D) features of the widened target -> (B, T, d), their first entries: those of the small one."""
+        return super().encode(features)[..., : self.input_size]
 
 
 def map_draft(draft: DovetailAssistantModel, small: PreTrainedModel, wide: PreTrainedModel) -> MappedDraft:
@@ -177,7 +174,6 @@ def map_draft(draft: DovetailAssistantModel, small: PreTrainedModel, wide: PreTr
     mapped._small = (small, mapped.config)
     mapped.config = copy.deepcopy(draft.config)
     mapped.config.hidden_size = mapped.config.target_hidden_size = wide.config.hidden_size
-    mapped.fusion = _FirstEntries(mapped.fusion, small.config.hidden_size)
     return mapped
 
 
