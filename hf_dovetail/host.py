@@ -41,7 +41,7 @@ class _Parts:
     """
 
     def __init__(self, network: DraftNetwork | RecastLM) -> None:
-        packs = sum(_nbytes(block) for block in network.blocks) <= _MOST_BYTES
+        packs = _packs(network)
         self.fusion = None if network.fusion is None else _FUSIONS[type(network.fusion)](network.fusion, packs)
         self.blocks = [_Block(block, packs) for block in network.blocks]
 
@@ -93,7 +93,7 @@ def for_host(network: DraftNetwork | RecastLM) -> Network:
         network: on the CPU.
     """
     reason = why_not(network)
-    key = (reason,) if reason is not None else tuple(_identity(tensor) for tensor in _tensors(network))
+    key = (reason,) if reason is not None else _identity(network)
     if network not in _known or _known[network][0] != key:
         if reason is not None:
             logger.info("the draft runs on torch's operations: %s", reason)
@@ -143,15 +143,21 @@ def _tensors(network: DraftNetwork | RecastLM) -> list[Tensor]:
     return [parameter for part in parts for parameter in part.parameters()]
 
 
-def _identity(tensor: Tensor) -> tuple:
-    """Changes with a weight's content."""
-    if isinstance(tensor, PackedWeight):
-        return (id(tensor.kernel),)
-    return tensor.data_ptr(), *fingerprint(tensor.detach())
+def _packs(network: DraftNetwork | RecastLM) -> bool:
+    """Whether its weights are few enough to be copied."""
+    return sum(each.nbytes for each in _tensors(network) if not isinstance(each, PackedWeight)) <= _MOST_BYTES
 
 
-def _nbytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in module.parameters() if not isinstance(tensor, PackedWeight))
+def _identity(network: DraftNetwork | RecastLM) -> tuple:
+    """Changes with the weights that are computed with: if they are copied, with their content."""
+    packs = _packs(network)
+    found: list = [packs]
+    for tensor in _tensors(network):
+        if isinstance(tensor, PackedWeight):
+            found.append(id(tensor.kernel))
+        else:
+            found.append((tensor.data_ptr(), fingerprint(tensor.detach()) if packs else tuple(tensor.shape)))
+    return tuple(found)
 
 
 class _Products:

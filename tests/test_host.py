@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -28,7 +29,6 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {}),
 }
 TREE = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)
-TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 0.1}  # random networks make much of rounding
 
 
 @torch.no_grad()
@@ -74,28 +74,45 @@ def differences(found: list[Tensor], expected: list[Tensor]) -> list[float]:
     return [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
+def exact(draft: DovetailAssistantModel) -> list[Tensor]:
+    """What a draft's network computes of its own weights in float32."""
+    wide = copy.deepcopy(draft).float()
+    return computed(tiny.met(wide, tiny.build("llama").to(draft.dtype).float()).network)
+
+
+def errors(draft: DovetailAssistantModel) -> tuple[float, float]:
+    """How far the rows of the kernels, and those of the network itself, are from what they should be."""
+    expected = exact(draft)
+    fast, own = (differences(computed(network), expected) for network in (host.for_host(draft.network), draft.network))
+    return max(fast), max(own)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_rows_are_the_networks_own(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rows_are_the_networks_own(kind: str, dtype: torch.dtype) -> None:
     draft = draft_of(kind, dtype)
-    network = draft.network
-    fast = host.for_host(network)
-    assert isinstance(fast, host.HostNetwork)
-    expected = computed(network)
-    assert max(differences(computed(fast), expected)) < TOLERANCES[dtype]
-    monkeypatch.setattr(host, "_MOST_BYTES", 0)
-    host._known.clear()
-    assert max(differences(computed(host.for_host(network)), expected)) < TOLERANCES[dtype]
+    assert isinstance(host.for_host(draft.network), host.HostNetwork)
+
+    def check(what: str) -> None:
+        fast, own = errors(draft)
+        assert fast < (2e-5 if dtype == torch.float32 else max(0.15, 2 * own)), what  # a wrong weight: 0.5 and more
+
+    check("as it was made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "_MOST_BYTES", 0)  # too many to be copied, or to be looked at before each answer
+        patch.setattr(host, "fingerprint", lambda weight: pytest.fail("weights were read"))
+        check("not copied")
+    before = computed(host.for_host(draft.network))
     for name, parameter in (draft if draft.reads_features else draft.lm).named_parameters():
         if "embed" in name or "head" in name or name.startswith("model.norm"):
             continue
         with torch.no_grad():
-            before = parameter.clone()
+            kept = parameter.clone()
             parameter.copy_(parameter.roll(1, 0))
-            changed = computed(host.for_host(network))
-            assert max(differences(changed, expected)) > 0.02, name  # each weight has its place, and a new value counts
-            assert max(differences(changed, computed(network))) < TOLERANCES[dtype], name
-            parameter.copy_(before)
+            # each weight has its place, and a new value counts
+            assert max(differences(computed(host.for_host(draft.network)), before)) > 0.02, name
+            check(name)
+            parameter.copy_(kept)
 
 
 def test_sessions_use_them_and_propose_the_same_trees(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +150,7 @@ def test_packed_weights_are_made_once_and_again_when_they_change() -> None:
     second = host.for_host(draft.network)
     assert second._parts is not first._parts
     assert max(differences(computed(second), before)) > 0.001
-    assert max(differences(computed(second), computed(draft.network))) < TOLERANCES[torch.bfloat16]
+    assert errors(draft)[0] < 0.15
     gone = weakref.ref(draft.layers[1].mlp.down_proj.weight)
     del draft, first, second
     gc.collect()
