@@ -114,12 +114,14 @@ def why_not(network: DraftNetwork | RecastLM) -> str | None:
         return "there are no kernels for its blocks"
     if any(tensor.dtype != network.dtype or not tensor.is_cpu for tensor in _tensors(network)):
         return "its weights are in several precisions, or on several devices"
-    inner = [module for block in network.blocks for module in block.modules()]
+    inner = [module for part in _computed(network) for module in part.modules()]
     if not all(keeps_forward(module) and not _is_watched(module) for module in inner):
         return "its modules have hooks, or a forward of their own"
     linears = (linear for block in network.blocks for linear in _linears(block))
     if not all(type(linear) is nn.Linear for linear in linears):
         return "its linear layers are of another kind"
+    if not all(type(norm) in (RMSNorm, nn.Identity) for block in network.blocks for norm in _norms(block)):
+        return "its norms are of another kind"
     if not all(activations.function_of(block.mlp.act_fn) for block in network.blocks):
         return "there is no kernel for its activation"
     return None
@@ -137,10 +139,19 @@ def _linears(block: DecoderBlock) -> tuple[nn.Module, ...]:
     )
 
 
+def _norms(block: DecoderBlock) -> tuple[nn.Module, ...]:
+    attention = block.self_attn
+    return block.input_layernorm, block.post_attention_layernorm, attention.q_norm, attention.k_norm
+
+
+def _computed(network: DraftNetwork | RecastLM) -> tuple[nn.Module, ...]:
+    """The modules that are computed here, by whatever is within them."""
+    return tuple(network.blocks) if network.fusion is None else (network.fusion, *network.blocks)
+
+
 def _tensors(network: DraftNetwork | RecastLM) -> list[Tensor]:
     """The weights that are computed with here."""
-    parts = network.blocks if network.fusion is None else (network.fusion, *network.blocks)
-    return [parameter for part in parts for parameter in part.parameters()]
+    return [parameter for part in _computed(network) for parameter in part.parameters()]
 
 
 def _packs(network: DraftNetwork | RecastLM) -> bool:

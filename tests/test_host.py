@@ -161,6 +161,14 @@ def hooked(draft: DovetailAssistantModel) -> None:
     draft.layers[0].mlp.up_proj.register_forward_hook(lambda module, inputs, output: output)
 
 
+def with_a_hooked_fusion(draft: DovetailAssistantModel) -> None:
+    draft.fusion.input_layernorm.register_forward_pre_hook(lambda module, inputs: None)
+
+
+def with_another_norm(draft: DovetailAssistantModel) -> None:
+    draft.layers[1].input_layernorm = nn.LayerNorm(32)
+
+
 def with_a_forward_of_its_own(draft: DovetailAssistantModel) -> None:
     attention = draft.layers[1].self_attn
     attention.forward = lambda *args: type(attention).forward(attention, *args)
@@ -186,7 +194,16 @@ def with_an_unknown_activation(draft: DovetailAssistantModel) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [hooked, with_a_forward_of_its_own, with_another_layer, in_two_precisions, with_an_unknown_activation]
+    "change",
+    [
+        hooked,
+        with_a_hooked_fusion,
+        with_another_norm,
+        with_a_forward_of_its_own,
+        with_another_layer,
+        in_two_precisions,
+        with_an_unknown_activation,
+    ],
 )
 def test_what_somebody_changed_runs_as_it_is(change: Callable[[DovetailAssistantModel], None]) -> None:
     draft = draft_of("gating")
