@@ -46,6 +46,11 @@ def keeps_forward(module: nn.Module) -> bool:
     return forward is None or (isinstance(forward, partial) and forward.func.__module__.split(".")[0] == _PACKAGE)
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether forward hooks see what goes in or out, or somebody gave it a forward of its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or not keeps_forward(module)
+
+
 def same_code(function: Any, known: Callable) -> bool:
     """Whether two functions are of one text, as models of transformers share theirs by copying; decorators included."""
     code, expected = (getattr(each, "__code__", None) for each in (function, known))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from .anatomy import keeps_forward
+from .anatomy import is_hooked
 from .blocks import Attention, DecoderBlock, DynamicGatingFusion, KeyValueStore, LinearFusion, RMSNorm, Rotation
 from .curves import MAX_ROWS
 from .engines import activations, native, norms, rotary
@@ -114,8 +114,7 @@ def why_not(network: DraftNetwork | RecastLM) -> str | None:
         return "there are no kernels for its blocks"
     if any(tensor.dtype != network.dtype or not tensor.is_cpu for tensor in _tensors(network)):
         return "its weights are in several precisions, or on several devices"
-    inner = [module for part in _computed(network) for module in part.modules()]
-    if not all(keeps_forward(module) and not _is_watched(module) for module in inner):
+    if any(is_hooked(module) for part in _computed(network) for module in part.modules()):
         return "its modules have hooks, or a forward of their own"
     linears = (linear for block in network.blocks for linear in _linears(block))
     if not all(type(linear) is nn.Linear for linear in linears):
@@ -125,10 +124,6 @@ def why_not(network: DraftNetwork | RecastLM) -> str | None:
     if not all(activations.function_of(block.mlp.act_fn) for block in network.blocks):
         return "there is no kernel for its activation"
     return None
-
-
-def _is_watched(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _linears(block: DecoderBlock) -> tuple[nn.Module, ...]:

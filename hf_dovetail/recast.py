@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .anatomy import decoder_layers, keeps_forward
+from .anatomy import decoder_layers, is_hooked
 from .attention import BranchingMask
 from .blocks import DecoderBlock, KeyValueStore, RMSNorm, RotaryTable, Rotation, fold_mask
 from .config import ROPE_TYPES_KEPT, DovetailConfig
@@ -132,7 +132,7 @@ def why_not(lm: PreTrainedModel) -> str | None:
         return f"its RoPE of type {decoder.rotary_emb.rope_type!r} depends on more than the position"
     if len({tensor.device for tensor in lm.parameters()}) != 1:
         return "it is on several devices"
-    if any(map(_is_hooked, _left_out(decoder, layers))):
+    if any(map(is_hooked, _left_out(decoder, layers))):
         return "its layers have hooks, or a forward of their own"
     return None
 
@@ -148,10 +148,6 @@ def _norms(layer: nn.Module) -> Iterator[nn.Module]:
     yield from (layer.input_layernorm, layer.post_attention_layernorm)
     if hasattr(layer.self_attn, "q_norm"):
         yield from (layer.self_attn.q_norm, layer.self_attn.k_norm)
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks) or not keeps_forward(module)
 
 
 def _shared(lm: PreTrainedModel) -> Iterator[nn.Module | nn.Parameter]:

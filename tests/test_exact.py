@@ -29,7 +29,8 @@ SIZES = (
     (3, 9, 3, 17, 129, 80),
     (1, 2, 2, 33, 40, 8),
 )
-PARENTS = (-1, 0, 0, 1, 1, 3, 2, 5, 5, 6, 8, 10)
+PARENTS = (-1, 0, 0, 1, 1, 3, 2, 5, 5, 6, 8, 10, *range(7, 31), *range(33, 37))
+"""Of 40 rows: more than the kernel looks at together, and paths that leave most of them out."""
 
 
 def states(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
