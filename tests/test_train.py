@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import Interrupting
+from training import Interrupting, python_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
@@ -31,9 +31,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def windows(tokenizer):
-    """Real Python: this repository's own source."""
-    source = sorted((Path(__file__).parent.parent / "hf_dovetail").glob("*.py"))
-    stream = token_stream(tokenizer, [path.read_text() for path in source])
+    stream = token_stream(tokenizer, python_texts())
     return stream[: len(stream) // 64 * 64].view(-1, 64)
 
 
@@ -53,7 +51,7 @@ def test_training_learns_and_the_draft_is_accepted(target, tokenizer, windows, t
     draft = new_draft(target)
     before = loss_of(draft, target, windows)
     train_draft(draft, target, windows, RECIPE, tmp_path, tokenizer)
-    assert loss_of(draft, target, windows) < 0.8 * before
+    assert loss_of(draft, target, windows) < 0.75 * before  # 0.67 to 0.68 of it over several seeds
     loaded = DovetailAssistantModel.from_pretrained(tmp_path)
     assert loss_of(loaded, target, windows) == pytest.approx(loss_of(draft, target, windows))
     assert AutoTokenizer.from_pretrained(tmp_path).vocab_size == tokenizer.vocab_size

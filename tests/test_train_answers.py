@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from training import ROOT, python_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dovetail import DovetailAssistantModel
@@ -14,7 +15,6 @@ from hf_dovetail.demo import pair_path
 from hf_dovetail.train import Answering, Skipped, answerable, load_prompts, load_windows, read_records, regenerate
 from hf_dovetail.train.records import Record
 
-ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = (
     "{% for m in messages %}# {{ m['role'] }}\n{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}# assistant\n{% endif %}"
@@ -144,7 +144,7 @@ def test_no_records_are_refused(target, tokenizer, tmp_path: Path) -> None:
 
 def data(folder: Path) -> Path:
     path = folder / "data.jsonl"
-    source = (Path(__file__).parent.parent / "hf_dovetail" / "tree.py").read_text()
+    source = "\n".join(python_texts())
     lines = [json.dumps({"text": source[i : i + 900]}) for i in range(0, 5400, 900)]
     path.write_text("\n".join([*lines[:3], "not json", *lines[3:]]) + "\n")
     return path

@@ -11,6 +11,7 @@ import tiny
 import torch
 from published import CASES
 from torch import Tensor
+from training import python_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
@@ -36,9 +37,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def windows(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Real Python: this repository's own source."""
-    source = sorted((Path(__file__).parent.parent / "hf_dovetail").glob("*.py"))
-    stream = token_stream(tokenizer, [path.read_text() for path in source])
+    stream = token_stream(tokenizer, python_texts())
     return stream[: len(stream) // 64 * 64].view(-1, 64)
 
 

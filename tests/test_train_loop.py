@@ -201,12 +201,12 @@ def test_muon_trains_the_matrices(target, windows, tmp_path: Path) -> None:
     """Muon's updates are nearly orthogonal, so that their singular values are alike; AdamW's are not."""
     alike = {}
     for name in ("muon", "adamw"):
-        recipe = replace(RECIPE, optimizer=name, steps=1)
+        recipe = replace(RECIPE, optimizer=name, steps=1, batch=16)  # enough tokens for a gradient of full rank
         trained = train_draft(new_draft(target), target, windows, recipe, tmp_path / name)
         step = trained.layers[0].mlp.up_proj.weight - new_draft(target).layers[0].mlp.up_proj.weight
         singular = torch.linalg.svdvals(step.detach())
         alike[name] = float(singular.median() / singular[0])
-    assert alike["muon"] > 0.4 > 2 * alike["adamw"], alike
+    assert alike["muon"] > 0.6 > 4 * alike["adamw"], alike
 
 
 def test_top_k_distillation_with_all_tokens_is_the_whole_distribution(target, windows, tmp_path: Path) -> None:
