@@ -48,7 +48,7 @@ def walk(tree: DraftTree, logits: Tensor, select: Select, row: int = 0) -> Accep
     """
     node, path, tokens = 0, [0], []
     while True:
-        token, finished = select(logits[row, node].unsqueeze(0))
+        token, finished = select(logits[row, node : node + 1])
         tokens.append(token)
         child = None if finished else tree.child(node, token, row)
         if child is None:

@@ -17,7 +17,9 @@ _LIMIT = 9  # of log-odds: what is beyond is as good as certain
 _KEEP = 0.6  # the least that a pause leaves
 _RANK_PRIOR = 0.25  # precision of a rank's shift around none, the draft's word
 _DEPTH_PRIOR = 4.0  # likewise of its shift at a depth around that at all depths
-_STEPS = 2  # of Newton's method per round; they start where the last round's ended
+_STEPS = 2  # of Newton's method at a time; they start where the last ones ended
+_EAGER = 12  # first rounds that are learned from at once; later ones change little each, and wait for each other
+_BATCH = 4  # such rounds
 
 
 def corrected(log_probs: Tensor | np.ndarray, shifts: Tensor | np.ndarray) -> Tensor | np.ndarray:
@@ -47,10 +49,11 @@ class Acceptance:
         self._level_groups = _DEPTHS[np.minimum(np.arange(levels), len(_DEPTHS) - 1)]
         self._rank_groups = _RANKS[np.minimum(np.arange(ranks), len(_RANKS) - 1)]
         groups = _DEPTHS[-1] + 1, _RANKS[-1] + 1
-        self._tried, self._odds = np.zeros((2, *groups, 2 * _LIMIT + 1))  # by log-odds: nodes, and the sum of theirs
+        self._by_odds = np.zeros((2, *groups, 2 * _LIMIT + 1))  # nodes by their log-odds, and the sums of those
         self._taken = np.zeros(groups)
-        self._by_rank, self._by_depth = np.zeros(groups[1]), np.zeros(groups)
+        self._fitted = np.zeros((2, *groups))  # shifts: of each rank at all depths, and of each rank at each depth
         self.shifts = np.zeros((levels, ranks), dtype=np.float32)
+        self._learned, self._waiting = 0, []  # rounds; what was entered of some of them
 
     def learn(
         self, log_probs: np.ndarray, ranks: np.ndarray, depths: np.ndarray, accepted: np.ndarray, rounds: int = 1
@@ -62,43 +65,47 @@ class Acceptance:
             depths: (N,) from 1. accepted: (N,) bool.
             rounds: since the last time.
         """
+        self._learned += 1
+        self._waiting.append((log_probs, ranks, depths, accepted, rounds))
+        if self._learned <= _EAGER or len(self._waiting) == _BATCH:
+            *nodes, rounds = zip(*self._waiting, strict=True)
+            self._enter(*(np.concatenate(part) for part in nodes), sum(rounds))
+            self._waiting = []
+
+    def _enter(
+        self, log_probs: np.ndarray, ranks: np.ndarray, depths: np.ndarray, accepted: np.ndarray, rounds: int
+    ) -> None:
         log_probs = np.minimum(log_probs.astype(np.float64), -1e-9)
         odds = np.clip(log_probs - np.log(-np.expm1(log_probs)), -_LIMIT, _LIMIT)
-        group = self._level_groups[depths - 1], self._rank_groups[ranks]
-        cells = *group, np.rint(odds).astype(int) + _LIMIT
-        for counts, places, values in (
-            (self._tried, cells, 1.0),
-            (self._odds, cells, odds),
-            (self._taken, group, accepted),
-        ):
-            counts *= max(self._keep**rounds, _KEEP)
-            np.add.at(counts, places, values)
-        means = self._odds / np.maximum(self._tried, 1e-9)
+        groups = self._taken.size
+        group = self._level_groups[depths - 1] * self._taken.shape[1] + self._rank_groups[ranks]
+        cells, bins = group * (2 * _LIMIT + 1) + np.rint(odds).astype(int) + _LIMIT, groups * (2 * _LIMIT + 1)
+        keep = max(self._keep**rounds, _KEEP)
+        self._by_odds *= keep
+        self._taken *= keep
+        for values, weights in zip(self._by_odds, (None, odds), strict=True):
+            values += np.bincount(cells, weights, bins).reshape(values.shape)
+        self._taken += np.bincount(group, accepted, groups).reshape(self._taken.shape)
+        means = self._by_odds[1] / np.maximum(self._by_odds[0], 1e-9)
         for _ in range(_STEPS):
-            self._by_rank += _newton(self._by_rank, 0.0, _RANK_PRIOR, self._tried, means, self._taken, pooled=True)
-            self._by_depth += _newton(self._by_depth, self._by_rank, _DEPTH_PRIOR, self._tried, means, self._taken)
-        shifts = self._by_depth[self._level_groups][:, self._rank_groups]
+            self._fit(means)
+        shifts = self._fitted[1][self._level_groups][:, self._rank_groups]
         self.shifts = (np.minimum.accumulate(shifts, axis=1) if self._ordered else shifts).astype(np.float32)
 
+    def _fit(self, odds: np.ndarray) -> None:
+        """A step of Newton's method, for both kinds of shifts, towards the likeliest ones.
 
-def _newton(
-    shifts: np.ndarray,
-    prior: np.ndarray | float,
-    precision: float,
-    tried: np.ndarray,
-    odds: np.ndarray,
-    taken: np.ndarray,
-    pooled: bool = False,
-) -> np.ndarray:
-    """A step towards the likeliest shifts of log-odds.
+        Args:
+            odds: (D, R, B) the nodes' log-odds in the mean.
+        """
+        by_rank, by_depth = self._fitted
+        expected = 1 / (1 + np.exp(-(odds + self._fitted[..., None])))
+        right = self._by_odds[0] * expected
+        missing, information = self._taken - right.sum(-1), (right - right * expected).sum(-1)
+        by_rank += _bounded(missing[0].sum(0) - _RANK_PRIOR * by_rank[0], information[0].sum(0) + _RANK_PRIOR)
+        by_depth += _bounded(missing[1] - _DEPTH_PRIOR * (by_depth - by_rank), information[1] + _DEPTH_PRIOR)
 
-    Args:
-        shifts: (D, R), or (R,) of all depths together if `pooled`.
-        prior, precision: of a normal distribution around which they lie.
-        tried, odds: (D, R, B) nodes, and their log-odds in the mean. taken: (D, R) accepted ones.
-    """
-    expected = 1 / (1 + np.exp(-(odds + shifts[..., None])))
-    missing, information = taken - (tried * expected).sum(-1), (tried * expected * (1 - expected)).sum(-1)
-    if pooled:
-        missing, information = missing.sum(0), information.sum(0)
-    return np.clip((missing - precision * (shifts - prior)) / (information + precision), -1.0, 1.0)
+
+def _bounded(gradient: np.ndarray, curvature: np.ndarray) -> np.ndarray:
+    """Newton's step, at most 1."""
+    return (gradient / curvature).clip(-1.0, 1.0)

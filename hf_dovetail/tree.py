@@ -72,8 +72,8 @@ class DraftTree:
         if self.tokens.ndim != 2 or not self.tokens.shape == self.parents.shape == self.log_probs.shape:
             shapes = [tuple(t.shape) for t in (self.tokens, self.parents, self.log_probs)]
             raise ValueError(f"tokens, parents and log_probs of a tree must share one (B, N) shape, got {shapes}")
-        index = torch.arange(self.tokens.shape[1], device="cpu")
-        if not bool((self.parents < index).all()) or not bool((self.parents[:, 1:] >= 0).all()):
+        parents = self.parents.numpy()
+        if not ((parents < np.arange(parents.shape[1])).all() and (parents[:, 1:] >= 0).all()):
             raise ValueError(f"every node's parent must stand before it, got parents {self.parents.tolist()}")
 
     @classmethod
@@ -174,15 +174,19 @@ class DraftTree:
         return torch.tensor(found, device="cpu")
 
     @cached_property
-    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.parents.numpy(), self.tokens.numpy()
+    def _children(self) -> list[dict[tuple[int, int], int]]:
+        """Of each row of the batch: the first node with this parent and token."""
+        found = []
+        for parents, tokens in zip(self.parents.tolist(), self.tokens.tolist(), strict=True):
+            nodes: dict[tuple[int, int], int] = {}
+            for node, edge in enumerate(zip(parents, tokens, strict=True)):
+                nodes.setdefault(edge, node)
+            found.append(nodes)
+        return found
 
     def child(self, node: int, token: int, row: int = 0) -> int | None:
         """The first child of `node` that carries `token`, or None."""
-        parents, tokens = self._arrays
-        matches = (parents[row] == node) & (tokens[row] == token)
-        first = int(matches.argmax())
-        return first if matches[first] else None
+        return self._children[row].get((node, token))
 
     def path(self, node: int, row: int = 0) -> list[int]:
         """The nodes from the root to `node`, both included."""

@@ -35,7 +35,7 @@ class TokenSelector:
     def __call__(self, logits: Tensor) -> tuple[int, bool]:
         """Choose from (1, V) logits; return the token and whether the answer ends with it."""
         device = self.input_ids.device
-        if logits.device != device and self._needs_only_the_best:
+        if self._needs_only_the_best:
             return self._take(self._move(logits.float().argmax(dim=-1), device))
         raw = self._move(logits, device).to(copy=True, dtype=torch.float32)
         processed = self._processors(self.input_ids, raw)
@@ -51,7 +51,7 @@ class TokenSelector:
 
     @property
     def _needs_only_the_best(self) -> bool:
-        """Whether nobody looks at the logits: then those of a target on another device stay there."""
+        """Whether nobody looks at the logits: then they stay where they are."""
         return not (self._do_sample or self._processors or self.scores is not None or self.logits is not None)
 
     def _take(self, token: Tensor) -> tuple[int, bool]:
