@@ -28,7 +28,7 @@ class GrowingLayer(DynamicLayer):
         super().__init__()
 
     def _view(self, index: int) -> Tensor | None:
-        return self._buffers[index][:, :, : self.length] if self._buffers else None
+        return self._buffers[index].narrow(2, 0, self.length) if self._buffers else None
 
     keys = property(lambda self: self._view(0), lambda self, value: self._refuse(value))
     values = property(lambda self: self._view(1), lambda self, value: self._refuse(value))
@@ -52,7 +52,7 @@ class GrowingLayer(DynamicLayer):
         start, self.length = self.length, self.length + key_states.shape[-2]
         self._reserve(key_states, value_states, start)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start : self.length] = states
+            buffer.narrow(2, start, states.shape[2]).copy_(states)
         if start == 0:  # the contiguous tensors that a DynamicCache would return: prefill stays bit-identical
             return key_states, value_states
         return self.keys, self.values

@@ -87,7 +87,7 @@ class FixedSteps:
         position: Tensor,
         sharpness: float,
     ) -> None:
-        self._sharpness, self.target_ids = sharpness, network.target_ids
+        self._sharpness, self.target_ids, self.best = sharpness, network.target_ids, network.best
         self._network, self._buffer, self._table, self._extent = network, buffer, table, extent
         self._end, self._position = end, position
         self._least = torch.finfo(network.dtype).min

@@ -1,6 +1,6 @@
 """A draft's rows on the CPU out of the native kernels: few calls a block, weights packed as the kernels read them.
 
-For some ten rows of a small network, torch's operations take longer to begin than to compute. Here a block is eight
+For some ten rows of a small network, torch's operations take longer to begin than to compute. Here a block is two
 calls, and a level of a tree takes about a third of the time. What is proposed may differ by rounding.
 """
 
@@ -18,7 +18,9 @@ from .anatomy import is_hooked
 from .blocks import Attention, DecoderBlock, DynamicGatingFusion, KeyValueStore, LinearFusion, RMSNorm, Rotation
 from .curves import MAX_ROWS
 from .engines import activations, native, norms, rotary
-from .engines.exact import exact_attention
+from .engines.best import best
+from .engines.exact import exact_attention, takes
+from .engines.fused import FusedLayer, Geometry, Products
 from .engines.native import NativeBf16
 from .engines.quantised import fingerprint
 from .network import DraftNetwork
@@ -59,6 +61,7 @@ class HostNetwork:
         self.device, self.dtype, self.rotary = network.device, network.dtype, network.rotary
         self.input_size, self.target_ids = network.input_size, network.target_ids
         self.logits, self.new_rows, self.addresses = network.logits, network.new_rows, network.addresses
+        self.best = best
 
     def step(
         self,
@@ -193,6 +196,15 @@ class _Products:
         """Those of linear layers."""
         return cls([linear.weight for linear in linears], [linear.bias for linear in linears], packs)
 
+    def native(self) -> Products | None:
+        """The same for native kernels, if it is these that multiply."""
+        if self._stack is not None:
+            return Products([self._stack], [self._stacked_bias, *[None] * (len(self._sizes) - 1)], self._sizes)
+        if not all(isinstance(weight, PackedWeight) for weight in self._weights):
+            return None
+        plain = (b is None or (b.dtype == self._weights[0].dtype and b.is_contiguous()) for b in self._biases)
+        return Products.of([weight.kernel for weight in self._weights], self._biases) if all(plain) else None
+
     def __call__(self, rows: Tensor) -> Sequence[Tensor]:
         """(R, K) to (R, n), for each."""
         if self._stack is not None:
@@ -205,11 +217,11 @@ class _Norm:
     """`blocks.RMSNorm`, or nothing in place of `nn.Identity`."""
 
     def __init__(self, norm: nn.Module) -> None:
-        self._weight, self._eps = (norm.weight, norm.eps) if isinstance(norm, RMSNorm) else (None, 0.0)
+        self.parts = (norm.weight.detach(), norm.eps) if isinstance(norm, RMSNorm) else (None, 0.0)
 
     def __call__(self, states: Tensor) -> Tensor:
         """(..., n), its last dimension without gaps."""
-        return states if self._weight is None else norms.normalised(states, self._weight.detach(), self._eps)
+        return states if self.parts[0] is None else norms.normalised(states, *self.parts)
 
 
 class _Block:
@@ -224,22 +236,45 @@ class _Block:
         self._output = _Products.of(packs, attention.o_proj)
         self._gates, self._down = _Products.of(packs, mlp.gate_proj, mlp.up_proj), _Products.of(packs, mlp.down_proj)
         self._activation = activations.function_of(mlp.act_fn)
+        self._fused = self._as_fused()
+
+    def _as_fused(self) -> FusedLayer | None:
+        """The block in two calls, if native kernels multiply."""
+        products = [each.native() for each in (self._states, self._output, self._gates, self._down)]
+        if any(each is None for each in products):
+            return None
+        width, sizes = self._attention.head_dim, products[0].sizes
+        heads, groups = sizes[0] // width, sizes[1] // width
+        dtype = self._attention.q_proj.weight.dtype
+        geometry = Geometry(products[1].sizes[0], heads, groups, width, dtype, self._activation)
+        norms, head_norms = (tuple(norm.parts for norm in each) for each in (self._norms, self._head_norms))
+        return FusedLayer(geometry, *products, norms, head_norms)
 
     def __call__(
         self, hidden: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, store: KeyValueStore | None
     ) -> Tensor:
         """(R, h) to (R, h); rotation in transformers' form, (1, R, D) each."""
+        fused = self._fused
+        if fused is not None:
+            given = hidden.contiguous().unsqueeze(0)
+            query, key, value = fused.states(given, *rotation)
+        else:
+            query, key, value = self._query_key_value(hidden, rotation)
+        if store is not None:
+            key, value = store.update(key, value, self._attention.layer)
+        if fused is not None and takes(query, key, value, mask):
+            return fused.rest(given, query, key, value, mask, self._attention.head_dim**-0.5)[0]
+        attended = exact_attention(self._attention, query, key, value, mask)[0]
+        hidden = hidden + self._output(attended.view(len(hidden), -1))[0]
+        gate, up = self._gates(self._norms[1](hidden))
+        return hidden + self._down(activations.gated(self._activation, gate, up))[0]
+
+    def _query_key_value(self, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(1, H, R, D), (1, G, R, D) twice."""
         rows, width = len(hidden), self._attention.head_dim
         query, key, value = (each.view(1, rows, -1, width) for each in self._states(self._norms[0](hidden)))
         query, key = self._head_norms[0](query), self._head_norms[1](key)
-        query, key = rotary.rotate(query, key, *rotation)
-        value = value.transpose(1, 2)
-        if store is not None:
-            key, value = store.update(key, value, self._attention.layer)
-        attended = exact_attention(self._attention, query, key, value, mask)[0]
-        hidden = hidden + self._output(attended.view(rows, -1))[0]
-        gate, up = self._gates(self._norms[1](hidden))
-        return hidden + self._down(activations.gated(self._activation, gate, up))[0]
+        return *rotary.rotate(query, key, *rotation), value.transpose(1, 2)
 
 
 class _GatingFusion:

@@ -24,14 +24,20 @@ KeepGoing = Callable[[int, Tensor, Tensor], bool]
 scores (C,) float32 of all candidates found so far, and their depths (C,) int64 (1: a child of the root)."""
 
 
+Best = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""Finds the largest of logits, see `likeliest`."""
+
+
 class Stepper(Protocol):
     """Computes the rows of a tree's nodes behind the committed rows.
 
     Attributes:
         target_ids: (V,) int64, the target's ids of the tokens that `logits` ranks; None: their places are the ids.
+        best: `likeliest`, or what does the same where the rows are computed.
     """
 
     target_ids: Tensor | None
+    best: Best
 
     def level(self, tokens: Tensor, hidden: Tensor, visible: Tensor) -> Tensor:
         """Compute a level's nodes.
@@ -64,10 +70,15 @@ def best_continuations(
     logits = stepper.logits(hidden)[0]
     if choice is not None:
         logits = choice.perturbed(logits, level, stepper.target_ids)
-    best, tokens = logits.topk(min(count, logits.shape[-1]), dim=-1)
-    log_probs = best - logits.logsumexp(dim=-1, keepdim=True)
-    log_probs = log_probs.nan_to_num(nan=float("-inf"), neginf=float("-inf"))  # an overflow costs acceptance only
+    log_probs, tokens = stepper.best(logits, min(count, logits.shape[-1]))
     return log_probs, tokens if stepper.target_ids is None else stepper.target_ids[tokens]
+
+
+def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (T, count) and places (T, count) of the largest of (T, V) float32 logits, likeliest first."""
+    best, places = logits.topk(count, dim=-1)
+    log_probs = best - logits.logsumexp(dim=-1, keepdim=True)
+    return log_probs.nan_to_num(nan=float("-inf"), neginf=float("-inf")), places  # an overflow costs acceptance only
 
 
 def expand_on_host(

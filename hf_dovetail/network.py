@@ -17,6 +17,7 @@ from .blocks import KeyValueStore, RMSNorm, RotaryTable, Rotation, finish_logits
 from .cache import GrowingCache, num_cache_layers
 from .config import DovetailConfig
 from .eight_bits import EightBitMatrix, look_up, multiply
+from .levels import likeliest
 from .recast import RecastLM
 from .rows import Pool, RowBuffer
 from .weights import SharedWeights, check_own_precision
@@ -36,6 +37,7 @@ class DraftNetwork(PreTrainedModel):
     config_class = DovetailConfig
     base_model_prefix = "draft"
     main_input_name = "input_ids"
+    best = staticmethod(likeliest)
     _no_split_modules = ["DecoderBlock", "PairBlock"]
     _supports_sdpa = True
     _supports_attention_backend = True

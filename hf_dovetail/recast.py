@@ -21,6 +21,7 @@ from .attention import BranchingMask
 from .blocks import DecoderBlock, KeyValueStore, RMSNorm, RotaryTable, Rotation, fold_mask
 from .config import ROPE_TYPES_KEPT, DovetailConfig
 from .devices import to_host
+from .levels import likeliest
 from .rows import RowBuffer
 
 logger = logging.get_logger(__name__)
@@ -42,6 +43,7 @@ class RecastLM:
 
     input_size = 0
     target_ids = None
+    best = staticmethod(likeliest)
     fusion = None
 
     def __init__(self, lm: PreTrainedModel, config: DovetailConfig, tokens: int) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .blocks import KeyValueStore, RotaryTable, Rotation
+from .levels import Best
 from .network import DraftNetwork
 from .rows import RowBuffer
 
@@ -24,7 +25,7 @@ class Network(Protocol):
 
     Attributes:
         input_size: width of what a row reads beside its token; 0 if that is nothing.
-        target_ids: as `levels.Stepper`'s.
+        target_ids, best: as `levels.Stepper`'s.
         rotary: cos and sin of its positions.
     """
 
@@ -32,6 +33,7 @@ class Network(Protocol):
     dtype: torch.dtype
     input_size: int
     target_ids: Tensor | None
+    best: Best
     rotary: RotaryTable
 
     def step(
@@ -78,7 +80,7 @@ class BlockSteps:
 
     def __init__(self, network: Network, buffer: RowBuffer, sharpness: float = 1.0) -> None:
         self._network, self.buffer, self._sharpness = network, buffer, sharpness
-        self.target_ids = network.target_ids
+        self.target_ids, self.best = network.target_ids, network.best
         self.start = self.held = 0
         self._tree = self._level = 0  # rows and levels of the tree so far
         self._least = torch.finfo(network.dtype).min
@@ -135,7 +137,7 @@ class LanguageModelSteps:
 
     def __init__(self, draft: DraftNetwork, capacity: int, sharpness: float = 1.0) -> None:
         self._draft, self._device, self._sharpness = draft, draft.device, sharpness
-        self.target_ids = draft.target_ids
+        self.target_ids, self.best = draft.target_ids, draft.best
         self.cache, self._mask = draft.new_cache(capacity), draft.mask_builder()
         self.start = self.held = self._level = 0
         self._slots = torch.arange(0, device=self._device)  # (R,) in the sequence, of the tree's rows so far

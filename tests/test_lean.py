@@ -8,6 +8,7 @@ import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -31,6 +32,14 @@ pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.
 ENGINES = ("onednn", "int8", "int4")
 DTYPES = (torch.float32, torch.bfloat16)
 CONTEXT = 7
+WIDE = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+"""Sizes from which oneDNN lays bf16 weights out as the native kernel reads them."""
 INNER = (
     "self_attn",
     "self_attn.q_proj",
@@ -74,9 +83,11 @@ def lean_layers(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if getattr(vars(m).get("forward"), "func", None) is layers._forward]
 
 
-def prepared(family: str = "llama", engine: str = "onednn", dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+def prepared(
+    family: str = "llama", engine: str = "onednn", dtype: torch.dtype = torch.bfloat16, **changes: Any
+) -> PreTrainedModel:
     """A tiny model on an engine, with norms' weights and biases that matter."""
-    model = tiny.build(family, **({"hidden_act": "gelu_pytorch_tanh"} if family == "mistral" else {}))
+    model = tiny.build(family, **({"hidden_act": "gelu_pytorch_tanh"} if family == "mistral" else {}), **changes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -130,7 +141,16 @@ def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen2-sliding", "qwen3"])
 def test_lean_layers_have_their_own_bits(family: str, dtype: torch.dtype, engine: str, taken: list) -> None:
-    model = prepared(family, engine, dtype)
+    check_bits(prepared(family, engine, dtype), taken)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_wide_layers_have_their_own_bits(family: str, engine: str, taken: list) -> None:
+    check_bits(prepared(family, engine, **WIDE), taken)
+
+
+def check_bits(model: PreTrainedModel, taken: list) -> None:
     found, lean = passes(model), len(taken)
     assert lean == 12 * model.config.num_hidden_layers
     with own_forward(model):
@@ -157,6 +177,55 @@ def test_each_function_of_the_rotary_embedding_is_compared(monkeypatch: pytest.M
     assert len(lean_layers(prepare_target(tiny.build("qwen2"), engine="onednn"))) == 2
     monkeypatch.setattr(modeling_qwen2, "apply_rotary_pos_emb", modeling_nemotron.apply_rotary_pos_emb)
     assert lean_layers(prepare_target(tiny.build("qwen2"), engine="onednn")) == []
+
+
+def fused_layers(model: PreTrainedModel) -> int:
+    """How many layers are two native calls."""
+    return sum(layer.forward.args[0].parts().fused[1] is not None for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_layers_are_fused_where_native_kernels_multiply(dtype: torch.dtype, engine: str) -> None:
+    """Else the tests of equal bits would compare the kernels, called one by one, with each other."""
+    model = prepared("qwen3", engine, dtype, **WIDE)
+    multiplies = engine != "onednn" or (dtype == torch.bfloat16 and "avx512_bf16" in native.cpu_flags())
+    if engine == "int8" and "amx_int8" in native.cpu_flags():
+        multiplies = False
+    assert fused_layers(model) == (len(model.model.layers) if multiplies else 0)
+
+
+@torch.no_grad()
+def logits_while_weights_move(model: PreTrainedModel) -> list[Tensor]:
+    """Logits at first, and after each change of a small weight or of a norm's epsilon."""
+    blocks, found = model.model.layers, []
+
+    def note() -> None:
+        found.append(model(tiny.prompt(5)).logits)
+
+    note()
+    small = blocks[0].input_layernorm.weight, blocks[1].self_attn.q_proj.bias, blocks[1].self_attn.v_proj.bias
+    for parameter in small:
+        parameter.data = 10 * parameter.data
+        note()
+        parameter.data.mul_(3)  # in place
+        note()
+    blocks[2].post_attention_layernorm.variance_epsilon = 1e4
+    note()
+    return found
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_weights_that_move_in_memory_are_followed(engine: str) -> None:
+    """Guards the addresses that a fused layer holds: `.data` may be exchanged under the same parameter."""
+    model, other = (prepared("qwen2", engine, num_hidden_layers=3, **WIDE) for _ in range(2))
+    fused = fused_layers(model)
+    found = logits_while_weights_move(model)
+    assert fused_layers(model) == fused
+    with own_forward(other):
+        assert_equal(found, logits_while_weights_move(other))
+    assert all(not torch.equal(one, other) for one, other in pairwise(found))
 
 
 def test_only_a_whole_stack_in_its_order_is_one_product() -> None:

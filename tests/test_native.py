@@ -13,8 +13,10 @@ import torch
 from hf_dovetail import prepare_target
 from hf_dovetail.curves import MAX_ROWS
 from hf_dovetail.engines import compiler, int4, int8, native
+from hf_dovetail.engines.best import best as best_of
 from hf_dovetail.engines.onednn import OneDnnKernel
 from hf_dovetail.engines.quantised import QuantisedKernel
+from hf_dovetail.levels import likeliest
 from hf_dovetail.packed import PackedWeight
 
 SHAPES = ((3, 5), (33, 70), (100, 172), (512, 192), (1100, 1024), (64, 2112), (64, 8192))
@@ -279,3 +281,30 @@ def test_no_second_openmp_library_is_loaded() -> None:
     native.NativeInt8(levels, scales).product(torch.randn(16, 1024))
     maps = Path(f"/proc/{os.getpid()}/maps").read_text().splitlines()
     assert len({line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line}) == 1
+
+
+@available
+@pytest.mark.parametrize(
+    ("rows", "width", "count"), [(1, 1, 1), (3, 5, 5), (10, 4096, 10), (2, 1000, 7), (9, 32003, 10)]
+)
+def test_the_likeliest_are_those_of_torch(rows: int, width: int, count: int) -> None:
+    logits = 3 * torch.randn(rows, width, generator=torch.Generator().manual_seed(width))
+    logits[:, width // 2] = -torch.inf
+    (found, places), (expected, best) = best_of(logits, count), likeliest(logits, count)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(places[expected.isfinite()], best[expected.isfinite()])
+    strided = torch.cat((logits, logits), dim=1)[:, :width]
+    assert all(map(torch.equal, best_of(strided, count), (found, places)))
+
+
+@available
+def test_the_likeliest_of_ties_and_of_what_overflowed() -> None:
+    """Different tokens whatever the numbers are: a tree with one token twice under a parent would be wrong."""
+    nan, inf = torch.nan, torch.inf
+    logits = torch.tensor([[1.0, 2, 2, 2, 0], [-inf] * 5, [nan] * 5, [1, nan, 3, 2, 0], [1, inf, 3, inf, 0]])
+    found, places = best_of(logits, 3)
+    assert places[0].tolist() == [1, 2, 3]
+    assert found[0, 0] == found[0, 1] == found[0, 2] == pytest.approx(float(logits[0].log_softmax(0)[1]))
+    assert all(len(set(row.tolist())) == 3 and min(row) >= 0 and max(row) < 5 for row in places)
+    assert torch.equal(found[1:], torch.full((4, 3), -inf))
+    assert torch.equal(likeliest(logits, 3)[0][1:], found[1:])

@@ -2,6 +2,8 @@
  * wherever it stands. Where there is a factor (a gated MLP's), the result is rounded and then multiplied by it. */
 #include "native.h"
 
+enum { ALONE = 1 << 15 }; /* numbers below which waking other threads costs more than they save */
+
 typedef struct {
   const void *input, *factor; /* the factor may be missing */
   void *output; /* (rows, width) */
@@ -37,6 +39,7 @@ TARGET static void work(void *argument) {
 
 void dovetail_activation(const void *input, const void *factor, void *output, long rows, long width, long step,
                          long factor_step, float linear, float cubic, int bf16, int threads) {
+  if (rows * width < ALONE) threads = 1;
   const Activation task = {input, factor, output, rows, width, step, factor_step, linear, cubic, bf16, threads};
   if (threads > 1) dovetail_parallel(work, (void *)&task, (unsigned)threads, 0);
   else work((void *)&task);

@@ -17,7 +17,6 @@ from transformers.activations import ACT2FN
 
 from . import native
 
-_ALONE = 1 << 15  # numbers below which waking other threads costs more than they save
 _BY_TANH = 2 * math.sqrt(2 / math.pi)
 _GATES = {"silu": (1.0, 0.0), "swish": (1.0, 0.0), "quick_gelu": (1.702, 0.0)} | dict.fromkeys(
     ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh"), (_BY_TANH, 0.044715 * _BY_TANH)
@@ -54,6 +53,11 @@ def name_of(module: nn.Module) -> str | None:
     return forward.args[0] if isinstance(forward, partial) and forward.func is _forward else None
 
 
+def coefficients_of(name: str) -> tuple[float, float]:
+    """The a and b of a function that the kernel knows."""
+    return _GATES[name]
+
+
 def gated(name: str, gate: Tensor, factor: Tensor) -> Tensor:
     """The function of `gate`, times `factor`: (R, n) each, in one precision (bf16 or fp32), without gaps in a row.
 
@@ -86,6 +90,6 @@ def _computed(kernels: ctypes.CDLL, name: str, rows: Tensor, factor: Tensor | No
         0 if factor is None else factor.stride(0),
         *_GATES[name],
         rows.dtype == torch.bfloat16,
-        1 if rows.numel() < _ALONE else torch.get_num_threads(),
+        torch.get_num_threads(),
     )
     return output

@@ -14,6 +14,7 @@
 #include "native.h"
 
 enum {
+  ALONE = 1 << 17, /* products below which waking other threads costs more than they save */
   KEYS = 32,  /* of a block: two vectors */
   FETCHED = 1 << 18, /* bytes of a head's values that stay in the cache until they are needed */
   TOGETHER = 32, /* rows that share the transposed keys */
@@ -310,10 +311,14 @@ TARGET static void work(void *argument) {
 
 long dovetail_attention_scratch(long keys, long width) { return scratch_size(keys, width); }
 
-/* sizes: batch, heads, groups, rows, keys, width, value_width. steps: of query (3), key (3), value (3), mask (2). */
+/* sizes: batch, heads, groups, rows, keys, width, value_width. steps: of query (3), key (3), value (3), mask (2). scratch:
+ * dovetail_attention_scratch numbers for each thread. */
 void dovetail_attention(const void *query, const void *key, const void *value, const void *mask, void *output,
                         float *scratch, const long *sizes, const long *steps, float scale, int mask_kind, int bf16,
                         int threads) {
+  const long shares = sizes[0] * sizes[1], products = shares * sizes[3] * sizes[4] * sizes[5];
+  if (products < ALONE) threads = 1;
+  else if (shares < threads) threads = (int)shares;
   const Attention task = {
       .query = query, .key = key, .value = value, .mask = mask, .output = output,
       .batch = sizes[0], .heads = sizes[1], .groups = sizes[2], .rows = sizes[3], .keys = sizes[4],

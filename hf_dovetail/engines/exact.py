@@ -19,7 +19,6 @@ from ..grouped import MOST_ROWS, NAME, grouped_attention, takes_grouped
 from . import native
 
 _NO_MASK, _BOOL_MASK, _ADDED_MASK = range(3)
-_ALONE = 1 << 17  # products below which waking other threads costs more than they save
 _Sizes, _Steps = ctypes.c_long * 7, ctypes.c_long * 11
 
 
@@ -48,7 +47,7 @@ def exact_attention(
     if torch.is_autocast_enabled("cpu"):  # what it left in another precision meets here
         given = [each if each is None or each.dtype == torch.bool else each.to(query.dtype) for each in given]
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    if kernels is not None and not dropout and _takes(*given):
+    if kernels is not None and not dropout and takes(*given):
         return _attend(kernels, *given, scale), None
     if not dropout and takes_grouped(query, key, attention_mask):
         return grouped_attention(query, key, value, attention_mask, scale), None
@@ -75,7 +74,8 @@ def switch_off(model: PreTrainedModel, before: str | None) -> None:
         model.set_attn_implementation(before)
 
 
-def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+def takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether the kernel takes these; see `exact_attention`."""
     states = query, key, value
     if query.shape[2] > MOST_ROWS or (mask is None and query.shape[2] > 1):
         return False
@@ -95,11 +95,8 @@ def _attend(
     batch, heads, rows, width = query.shape
     groups, keys, value_width = value.shape[1:]
     output = torch.empty((batch, rows, heads, value_width), dtype=query.dtype, device="cpu")
-    threads = 1 if batch * heads * rows * keys * width < _ALONE else min(torch.get_num_threads(), batch * heads)
-    kind, address, mask_steps = _NO_MASK, 0, (0, 0)
-    if mask is not None:
-        kind, address = _BOOL_MASK if mask.dtype == torch.bool else _ADDED_MASK, mask.data_ptr()
-        mask_steps = 0 if mask.shape[0] == 1 else mask.stride(0), 0 if mask.shape[2] == 1 else mask.stride(2)
+    threads = torch.get_num_threads()
+    kind, address, mask_steps = mask_arguments(mask)
     kernels.dovetail_attention(
         query.data_ptr(),
         key.data_ptr(),
@@ -115,6 +112,15 @@ def _attend(
         threads,
     )
     return output
+
+
+def mask_arguments(mask: Tensor | None) -> tuple[int, int, tuple[int, int]]:
+    """Kind, address and steps (of the batch, of rows) of a mask that `takes` takes, for the kernels."""
+    if mask is None:
+        return _NO_MASK, 0, (0, 0)
+    kind = _BOOL_MASK if mask.dtype == torch.bool else _ADDED_MASK
+    steps = 0 if mask.shape[0] == 1 else mask.stride(0), 0 if mask.shape[2] == 1 else mask.stride(2)
+    return kind, mask.data_ptr(), steps
 
 
 # Not by `switch_on`: a copy of a prepared model, in another process, asks for it by name.

@@ -96,6 +96,11 @@ class Int4Matrix:
             self.pack()
         return self._packed.product(rows)
 
+    def native(self) -> NativeInt4:
+        """The packed weights."""
+        self.pack()
+        return self._packed
+
     def dense(self, number: int) -> Tensor:
         """(n, K) float32: what the product computes with."""
         self.pack()

@@ -130,6 +130,11 @@ class Int8Matrix:
             self.pack()
         return self._packed.product(rows)
 
+    def native(self) -> native.NativeInt8 | None:
+        """The packed weights, if native kernels multiply."""
+        self.pack()
+        return self._packed if isinstance(self._packed, native.NativeInt8) else None
+
     def dense(self, number: int) -> Tensor:
         """(n, K) float32: what the product computes with."""
         self.pack()

@@ -25,10 +25,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
 
 from ..anatomy import same_code
+from ..curves import MAX_ROWS
 from ..grouped import MOST_ROWS, NAME
 from ..packed import PackedWeight
 from . import activations, native, norms, rotary
-from .exact import exact_attention
+from .exact import exact_attention, takes
+from .fused import FusedLayer, Geometry, Products
 from .quantised import parts_of_product, stack_of
 
 _ATTENTIONS: dict[str, tuple[str, ...]] = {"llama": (), "mistral": (), "qwen2": (), "qwen3": ("q_norm", "k_norm")}
@@ -37,6 +39,7 @@ _ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _ROTARY, _HALF = "apply_rotary_pos_emb", "rotate_half"
+_QUIET, _HOOKS = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"), "_forward_hooks"
 
 
 def switch_on(model: PreTrainedModel) -> None:
@@ -77,7 +80,7 @@ class _Lean:
     def parts(self) -> _Parts | None:
         """The layer's parts, or None if it has to run as it is."""
         parts = self._parts
-        if parts is None or not parts.found.unchanged():
+        if parts is None or not (parts.found.unchanged() and parts.unmoved()):
             parts = self._parts = _look_into(self.layer)
         return None if parts is None or parts.found.watched() else parts
 
@@ -130,52 +133,54 @@ class _Linears:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.dtype = modules[0].weight.dtype
         self._kernels = [module.weight.kernel for module in modules]
-        self._biases = [module.bias for module in modules]
+        self.biases = [module.bias for module in modules]
         self._stack = stack_of(self._kernels) if len(modules) > 1 else None
 
     def __call__(self, rows: Tensor) -> list[Tensor]:
         """(B, T, K) to (B, T, n), or (B T, n), for each."""
         if self._stack is not None:
-            return parts_of_product(self._stack, rows, self._biases)
-        return [kernel.linear(rows, bias) for kernel, bias in zip(self._kernels, self._biases, strict=True)]
+            return parts_of_product(self._stack, rows, self.biases)
+        return [kernel.linear(rows, bias) for kernel, bias in zip(self._kernels, self.biases, strict=True)]
+
+    def products(self) -> Products | None:
+        """The same for native kernels, if it is these that multiply."""
+        plain = (b is None or (b.dtype == self.dtype and b.is_cpu and b.is_contiguous()) for b in self.biases)
+        return Products.of(self._kernels, self.biases) if all(plain) else None
 
 
-@dataclass(frozen=True, eq=False)
 class _Found:
-    """What was found in a layer, to see whether it is still so.
+    """What was found in a layer, to see whether it is still so; looked up in every call, by few steps of Python.
 
     Args:
-        modules: those within, and their classes.
-        forwards: classes, and their functions.
+        modules: those within.
+        kinds: classes, and their functions.
         tables: dictionaries, a name in each, and what was found there.
     """
 
-    modules: tuple[tuple[nn.Module, type], ...]
-    forwards: tuple[tuple[type, Callable], ...]
-    tables: tuple[tuple[dict[str, Any], str, Any], ...]
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        kinds: Sequence[tuple[type, Callable]],
+        tables: Sequence[tuple[dict[str, Any], str, Any]],
+    ) -> None:
+        self._modules, self._types, self._kinds = modules, [type(module) for module in modules], kinds
+        hooks = [(vars(module), name, vars(module)[name]) for module in modules for name in (*_QUIET, _HOOKS)]
+        self._tables, self._names, self._values = zip(*tables, *hooks, strict=True)
+        self._ids = list(map(id, self._values))
+        self._quiet = [held for _, name, held in hooks if name in _QUIET]
+        self._hooks = [held for _, name, held in hooks if name == _HOOKS]
 
     def unchanged(self) -> bool:
-        """Whether a call of the modules would compute what it would have computed then; looked up in every call."""
-        for table, name, value in self.tables:
-            if table.get(name) is not value:
-                return False
-        for kind, function in self.forwards:
-            if kind.forward is not function:
-                return False
-        return all(type(module) is kind for module, kind in self.modules)
+        """Whether a call of the modules would compute what it would have computed then."""
+        if list(map(id, map(dict.get, self._tables, self._names))) != self._ids:
+            return False
+        return list(map(type, self._modules)) == self._types and all(kind.forward is own for kind, own in self._kinds)
 
     def watched(self) -> bool:
-        """Whether hooks see what goes in and out of the modules."""
-        return any(_is_watched(module) for module, _ in self.modules)
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether hooks see what goes in or out; transformers' recording ones, which stay, only while they record."""
-    state = vars(module)
-    if state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]:
-        return True
-    hooks = state["_forward_hooks"]
-    return bool(hooks) and not all(map(_is_at_rest, hooks.values()))
+        """Whether hooks see what goes in or out of the modules; transformers' recording ones only while they record."""
+        if any(self._quiet):
+            return True
+        return any(self._hooks) and not all(_is_at_rest(hook) for hooks in self._hooks for hook in hooks.values())
 
 
 def _is_at_rest(hook: Callable) -> bool:
@@ -210,6 +215,44 @@ class _Parts:
     down: _Linears
     activation: str
 
+    @functools.cached_property
+    def fused(self) -> tuple[tuple, FusedLayer | None]:
+        """The layer in two calls, if native kernels multiply, and what tells that it is still as it was."""
+        attention, linears = self.attention, (self.states, self.output, self.gates, self.down)
+        products = [each.products() for each in linears]
+        settings = self._settings()
+        if any(each is None for each in products):
+            return settings, None
+        states, output, gates, down = products
+        width = attention.head_dim
+        geometry = Geometry(
+            output.sizes[0],
+            states.sizes[0] // width,
+            states.sizes[1] // width,
+            width,
+            self.states.dtype,
+            self.activation,
+        )
+        norms, head_norms = (
+            tuple((n.weight, n.variance_epsilon) for n in each) for each in (self.norms, self.head_norms)
+        )
+        return settings, FusedLayer(geometry, states, output, gates, down, norms, *([head_norms] if head_norms else []))
+
+    @functools.cached_property
+    def _small_weights(self) -> list[Tensor]:
+        """Of norms, and biases."""
+        biases = (bias for each in (self.states, self.output, self.gates, self.down) for bias in each.biases)
+        return [*self.norm_weights, *(bias for bias in biases if bias is not None)]
+
+    def _settings(self) -> tuple:
+        """Changes with what a call of the fused layer would not notice: where small weights lie, and numbers."""
+        numbers = [norm.variance_epsilon for norm in (*self.norms, *self.head_norms)]
+        return self.attention.head_dim, list(map(Tensor.data_ptr, self._small_weights)), numbers
+
+    def unmoved(self) -> bool:
+        """Whether the fused layer reads what the modules hold."""
+        return self.fused[0] == self._settings()
+
     def fit(self, hidden: Tensor) -> bool:
         """Whether hidden states have the weights' precision, and the model uses this package's attention."""
         dtype, attention = hidden.dtype, self.attention
@@ -227,19 +270,26 @@ class _Parts:
     ) -> Tensor:
         """(B, T, h) to (B, T, h), in transformers' order."""
         attention, (batch, rows, _) = self.attention, hidden.shape
-        states = self.states(_normed(self.norms[0], hidden))
-        query, key, value = (each.view(batch, rows, -1, attention.head_dim) for each in states)
-        if self.head_norms:
-            query, key = map(_normed, self.head_norms, (query, key))
-        query, key = rotary.rotate(query, key, *embeddings)
-        value = value.transpose(1, 2)
+        fused = self.fused[1] if batch * rows <= MAX_ROWS and hidden.is_contiguous() else None
+        query, key, value = self._states(hidden, embeddings) if fused is None else fused.states(hidden, *embeddings)
         if cache is not None:
             key, value = cache.update(key, value, attention.layer_idx)
+        if fused is not None and takes(query, key, value, mask):
+            return fused.rest(hidden, query, key, value, mask, attention.scaling)
         attended = exact_attention(attention, query, key, value, mask, 0.0, attention.scaling, **options)[0]
         hidden = hidden + self.output(attended.reshape(batch, rows, -1))[0].view(hidden.shape)
         gate, up = (each.view(batch * rows, -1) for each in self.gates(_normed(self.norms[1], hidden)))
         inner = activations.gated(self.activation, gate, up).view(batch, rows, -1)
         return hidden + self.down(inner)[0].view(hidden.shape)
+
+    def _states(self, hidden: Tensor, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, D), keys and values (B, G, T, D) of hidden states (B, T, h)."""
+        batch, rows, _ = hidden.shape
+        states = self.states(_normed(self.norms[0], hidden))
+        query, key, value = (each.view(batch, rows, -1, self.attention.head_dim) for each in states)
+        if self.head_norms:
+            query, key = map(_normed, self.head_norms, (query, key))
+        return *rotary.rotate(query, key, *embeddings), value.transpose(1, 2)
 
 
 def _normed(norm: nn.Module, states: Tensor) -> Tensor:
@@ -291,11 +341,7 @@ def _found(layer: nn.Module, functions: dict[str, Any]) -> _Found:
     halves = _function(rotate).__globals__
     tables += [(functions, _ROTARY, rotate), (halves, _HALF, halves[_HALF])]
     kinds = {type(module) for module in (layer, *within)}
-    return _Found(
-        tuple((module, type(module)) for module in within),
-        tuple((kind, kind.forward) for kind in kinds),
-        tuple(tables),
-    )
+    return _Found(within, [(kind, kind.forward) for kind in kinds], tables)
 
 
 def _names_of_head_norms(layer: nn.Module) -> tuple[str, ...] | None:

@@ -54,4 +54,22 @@ INLINE __m512 exponential(__m512 x) {
   return _mm512_maskz_scalef_ps(normal, y, n);
 }
 
+/* The kernels that a layer consists of; each says in its own file what it takes. threads: the most that it may use. */
+void dovetail_product(const void *rows, void *output, const void *weights, const float *scales, void *scratch,
+                      long count, long width, long inputs, long outputs, int bf16, int four, int threads);
+long dovetail_scratch(long inputs, int four); /* bytes that dovetail_product needs of `scratch` */
+void dovetail_bf16_product(const void *rows, void *output, const void *weights, const void *bias, long count,
+                           long inputs, long outputs, int threads) __attribute__((weak));
+void dovetail_norm(const void *input, void *output, const void *weight, long rows, long width, long step, float epsilon,
+                   int bf16, int threads);
+void dovetail_rotary(const void *queries, void *turned_queries, long query_heads, long query_step, const void *keys,
+                     void *turned_keys, long key_heads, long key_step, const void *cosines, const void *sines, long rows,
+                     long positions, long width, int bf16, int threads);
+void dovetail_attention(const void *query, const void *key, const void *value, const void *mask, void *output,
+                        float *scratch, const long *sizes, const long *steps, float scale, int mask_kind, int bf16,
+                        int threads);
+long dovetail_attention_scratch(long keys, long width);
+void dovetail_activation(const void *input, const void *factor, void *output, long rows, long width, long step,
+                         long factor_step, float linear, float cubic, int bf16, int threads);
+
 #endif

@@ -1,8 +1,8 @@
 """The native kernels, compiled at first use, and products of rows with bf16 (`bf16.c`), 8-bit and 4-bit weights.
 
 They run on torch's own OpenMP threads. One quantised product (`native.c`) quantises the rows, multiplies and rescales;
-the 8-bit result has the bits of `int8.OneDnnInt8`. The other kernels are called by `exact`, `activations`, `norms`
-and `rotary`.
+the 8-bit result has the bits of `int8.OneDnnInt8`. The other kernels are called by `exact`, `activations`, `norms`,
+`rotary`, `best` and, in the order of a whole layer, by `fused`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 import platform
 import threading
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ logger = logging.get_logger(__name__)
 GROUP = 32
 """Input channels of 4-bit weights that share a step and a lowest weight."""
 
-_NAMES = ("native.h", "native.c", "attention.c", "activation.c", "norm.c", "rotary.c")
+_NAMES = ("native.h", "native.c", "attention.c", "activation.c", "norm.c", "rotary.c", "layer.c", "best.c")
 _SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
 _BF16_SOURCE = Path(__file__).with_name("bf16.c")  # which needs a newer compiler
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=off", f"-DGROUP={GROUP}")
@@ -88,6 +89,12 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     states = [number] * 2 + [size] * 2
     found.dovetail_rotary.argtypes = [*states, *states, *[number] * 2, *[size] * 3, *[ctypes.c_int] * 2]
     found.dovetail_rotary.restype = None
+    found.dovetail_best.argtypes, found.dovetail_best.restype = [number] * 3 + [size] * 4 + [ctypes.c_int], None
+    found.dovetail_layer_room.argtypes, found.dovetail_layer_room.restype = [number, size, size, ctypes.c_int], size
+    found.dovetail_layer_states.argtypes = [number] * 4 + [size] * 2 + [number] * 4 + [ctypes.c_int]
+    found.dovetail_layer_states.restype = None
+    rest = [number] * 7 + [size] * 3 + [number, ctypes.c_float, ctypes.c_int, number, ctypes.c_int]
+    found.dovetail_layer_rest.argtypes, found.dovetail_layer_rest.restype = rest, None
     return found, None
 
 
@@ -110,6 +117,29 @@ def cpu_flags() -> set[str]:
     return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
+class Matrix(ctypes.Structure):
+    """Where packed weights lie, for kernels that multiply on their own; `Matrix` in `layer.c`."""
+
+    _fields_ = (
+        ("weights", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("width", ctypes.c_long),
+        ("inputs", ctypes.c_long),
+        ("outputs", ctypes.c_long),
+        ("kind", ctypes.c_int),
+        ("threads", ctypes.c_int),
+    )
+    INT8, INT4, BF16 = range(3)
+
+
+class Packed(Protocol):
+    """Weights as the kernels read them."""
+
+    @property
+    def matrix(self) -> Matrix:
+        """Where they lie, while this lives."""
+
+
 class NativeBf16:
     """Products of a few rows with bf16 weights that lie in memory as oneDNN packs them.
 
@@ -125,6 +155,12 @@ class NativeBf16:
         self._blocks, self._outputs = blocks, outputs
         self._width = 2 * blocks.shape[1]
         self._most_threads = 1 if outputs * self._width < _ALONE else len(blocks)
+
+    @property
+    def matrix(self) -> Matrix:
+        """Where the weights lie, while this lives."""
+        width, outputs = self._width, self._outputs
+        return Matrix(self._blocks.data_ptr(), 0, width, width, outputs, Matrix.BF16, self._most_threads)
 
     @classmethod
     def of(cls, weight: Tensor) -> NativeBf16 | None:
@@ -177,6 +213,13 @@ class _Native:
         self._scratch = found.dovetail_scratch(inputs, self._four)
         self._most_threads = 1 if outputs * width < _ALONE else len(blocks)
         self._addresses = blocks.data_ptr(), 0 if scales is None else scales.data_ptr()
+
+    @property
+    def matrix(self) -> Matrix:
+        """Where the weights lie, while this lives."""
+        outputs, width = self._shape
+        kind = Matrix.INT4 if self._four else Matrix.INT8
+        return Matrix(*self._addresses, width, self._inputs, outputs, kind, self._most_threads)
 
     def product(self, rows: Tensor) -> Tensor:
         """(R, K) bf16 or fp32 to (R, N), in the same precision."""

@@ -2,6 +2,8 @@
  * rounds: the normalised number to its own precision, then its product with the weight. */
 #include "native.h"
 
+enum { ALONE = 1 << 16 }; /* numbers below which waking other threads costs more than they save */
+
 typedef struct {
   const void *input;
   void *output; /* (rows, width) */
@@ -34,6 +36,7 @@ TARGET static void work(void *argument) {
 
 void dovetail_norm(const void *input, void *output, const void *weight, long rows, long width, long step, float epsilon,
                    int bf16, int threads) {
+  if (rows * width < ALONE) threads = 1;
   const Norm task = {input, output, weight, rows, width, step, epsilon, bf16, threads};
   if (threads > 1) dovetail_parallel(work, (void *)&task, (unsigned)threads, 0);
   else work((void *)&task);

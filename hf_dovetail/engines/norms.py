@@ -14,8 +14,6 @@ from transformers import PreTrainedModel
 from ..anatomy import same_code
 from . import native
 
-_ALONE = 1 << 16  # numbers below which waking other threads costs more than they save
-
 
 def switch_on(model: PreTrainedModel) -> None:
     """Let those norms of the model that compute what Llama's do run on the kernel, where there is one."""
@@ -78,6 +76,6 @@ def normalised(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         rows.stride(0),
         epsilon,
         states.dtype == torch.bfloat16,
-        1 if rows.numel() < _ALONE else torch.get_num_threads(),
+        torch.get_num_threads(),
     )
     return output

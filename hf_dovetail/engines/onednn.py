@@ -50,6 +50,10 @@ class OneDnnKernel:
         """Whether single rows can be read (`lookup`)."""
         return self._rows is not None
 
+    def native(self) -> NativeBf16 | None:
+        """The weights as the native kernel reads them, if it is this that multiplies up to `MAX_ROWS` rows."""
+        return self._native
+
     def linear(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         """(..., K) to (..., N)."""
         if rows.dtype != self.dtype:  # by autocast

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..packed import Kernel
 from . import onednn
+from .native import Packed
 from .swap import BASE_LAYER, Swap, adapter_paths
 
 LEVELS = 127
@@ -52,6 +53,9 @@ class Matrix(Protocol):
     def dense(self, number: int) -> Tensor:
         """(n, K) float32: what the product computes with."""
 
+    def native(self) -> Packed | None:
+        """The weights as native kernels read them, if it is these that multiply."""
+
 
 class QuantisedKernel:
     """One of the weights of a `Matrix`.
@@ -73,6 +77,10 @@ class QuantisedKernel:
     def stored_bytes(self) -> int:
         """This weight's share of the packed matrix."""
         return self.matrix.nbytes * self.shape[0] // self.matrix.places[-1].stop
+
+    def native(self) -> Packed | None:
+        """This weight as native kernels read it, if it is these that multiply, and it is alone in its matrix."""
+        return self.matrix.native() if len(self.matrix.places) == 1 else None
 
     def linear(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         """(..., K) to (..., n)."""

@@ -2,6 +2,8 @@
  * head times the sine. Rounded as transformers rounds: both products, then their sum. */
 #include "native.h"
 
+enum { ALONE = 1 << 16 }; /* numbers of queries below which waking other threads costs more than they save */
+
 typedef struct {
   const void *input; /* (rows, heads, width) */
   void *output;      /* the same, without gaps */
@@ -50,6 +52,7 @@ TARGET static void work(void *argument) {
 void dovetail_rotary(const void *queries, void *turned_queries, long query_heads, long query_step, const void *keys,
                      void *turned_keys, long key_heads, long key_step, const void *cosines, const void *sines, long rows,
                      long positions, long width, int bf16, int threads) {
+  if (rows * query_heads * width < ALONE) threads = 1;
   const Rotary task = {
       .states = {{queries, turned_queries, query_heads, query_step}, {keys, turned_keys, key_heads, key_step}},
       .cosines = cosines, .sines = sines, .rows = rows, .positions = positions, .width = width,

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from . import native
 
-_ALONE = 1 << 16  # numbers below which waking other threads costs more than they save
-
 
 def takes(hidden: Tensor, cosines: Tensor, sines: Tensor) -> bool:
     """Whether `rotate` computes what transformers would for states (B, T, ., D) that come from `hidden` (B, T, h)."""
@@ -45,6 +43,6 @@ def rotate(query: Tensor, key: Tensor, cosines: Tensor, sines: Tensor) -> tuple[
         cosines.shape[0] * rows,
         width,
         query.dtype == torch.bfloat16,
-        1 if query.numel() < _ALONE else torch.get_num_threads(),
+        torch.get_num_threads(),
     )
     return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
