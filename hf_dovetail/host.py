@@ -202,8 +202,7 @@ class _Products:
             return Products([self._stack], [self._stacked_bias, *[None] * (len(self._sizes) - 1)], self._sizes)
         if not all(isinstance(weight, PackedWeight) for weight in self._weights):
             return None
-        plain = (b is None or (b.dtype == self._weights[0].dtype and b.is_contiguous()) for b in self._biases)
-        return Products.of([weight.kernel for weight in self._weights], self._biases) if all(plain) else None
+        return Products.of([weight.kernel for weight in self._weights], self._biases)
 
     def __call__(self, rows: Tensor) -> Sequence[Tensor]:
         """(R, K) to (R, n), for each."""

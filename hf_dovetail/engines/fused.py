@@ -39,7 +39,10 @@ class Products:
 
     @classmethod
     def of(cls, kernels: Sequence[Kernel], biases: Sequence[Tensor | None]) -> Products | None:
-        """Those of an engine's weights; None if it is not native kernels that multiply."""
+        """Those of an engine's weights; None if it is not native kernels that multiply, or cannot read the biases."""
+        pairs = zip(kernels, biases, strict=True)
+        if not all(b is None or (b.dtype == kernel.dtype and b.is_cpu and b.is_contiguous()) for kernel, b in pairs):
+            return None
         stack = stack_of(kernels) if len(kernels) > 1 else None
         if stack is not None:
             found = [stack.native()]

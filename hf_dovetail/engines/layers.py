@@ -144,8 +144,7 @@ class _Linears:
 
     def products(self) -> Products | None:
         """The same for native kernels, if it is these that multiply."""
-        plain = (b is None or (b.dtype == self.dtype and b.is_cpu and b.is_contiguous()) for b in self.biases)
-        return Products.of(self._kernels, self.biases) if all(plain) else None
+        return Products.of(self._kernels, self.biases)
 
 
 class _Found:
