@@ -197,6 +197,27 @@ def test_layers_are_fused_where_native_kernels_multiply(dtype: torch.dtype, engi
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_two_calls_do_not_take_has_the_same_bits(engine: str) -> None:
+    """More rows than native products are for, and hidden states that do not lie together."""
+    model = prepared("llama", engine, **WIDE)
+    layer, wide = model.model.layers[0], torch.randn(1, 5, 256).bfloat16()
+    given = [wide[..., ::2], wide[:, :, :128], torch.randn(2, 20, 128).bfloat16()]
+
+    def outputs() -> list[Tensor]:
+        found = [model(tiny.prompt(40)).logits]
+        for hidden in given:
+            embeddings = model.model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+            mask = torch.ones(1, 1, hidden.shape[1], hidden.shape[1], dtype=torch.bool).tril()
+            found.append(layer(hidden, attention_mask=mask, position_embeddings=embeddings))
+        return found
+
+    found = outputs()
+    with own_forward(model):
+        assert_equal(found, outputs())
+
+
+@torch.no_grad()
 def logits_while_weights_move(model: PreTrainedModel) -> list[Tensor]:
     """Logits at first, and after each change of a small weight or of a norm's epsilon."""
     blocks, found = model.model.layers, []
