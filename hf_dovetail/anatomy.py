@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 _TRIED_TOKENS = 2
-_PACKAGE = __name__.split(".")[0]
 _CODE = ("co_code", "co_consts", "co_names", "co_varnames")
 
 
@@ -38,17 +36,6 @@ class Anatomy:
     tail: tuple[nn.Module, ...]
     head: nn.Module
     positions: tuple[int, ...]
-
-
-def keeps_forward(module: nn.Module) -> bool:
-    """Whether a module computes what its class says: by its own forward, or by a kernel of this package."""
-    forward = vars(module).get("forward")
-    return forward is None or (isinstance(forward, partial) and forward.func.__module__.split(".")[0] == _PACKAGE)
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether forward hooks see what goes in or out, or somebody gave it a forward of its own."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or not keeps_forward(module)
 
 
 def same_code(function: Any, known: Callable) -> bool:

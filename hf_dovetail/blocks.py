@@ -125,7 +125,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: DovetailConfig, layer: int, input_size: int) -> None:
         super().__init__()
-        self.layer, self.dropout = layer, config.attention_dropout
+        self.layer_idx, self.dropout, self.scaling = layer, config.attention_dropout, config.head_dim**-0.5
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads,
             config.num_key_value_heads,
@@ -150,7 +150,7 @@ class Attention(nn.Module):
         keys = keys.transpose(1, 2)  # (B, H, T, D)
         values = self.v_proj(hidden).view(batch, rows, kv_heads, self.head_dim).transpose(1, 2)
         if store is not None:
-            keys, values = store.update(keys, values, self.layer)
+            keys, values = store.update(keys, values, self.layer_idx)
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(queries, keys, values, mask, dropout)  # (B, H, G * T, D)
         mixed = mixed.view(batch, kv_heads, groups, rows, self.head_dim).permute(0, 3, 1, 2, 4)

@@ -6,7 +6,7 @@ calls, and a level of a tree takes about a third of the time. What is proposed m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from .anatomy import is_hooked
-from .blocks import Attention, DecoderBlock, DynamicGatingFusion, KeyValueStore, LinearFusion, RMSNorm, Rotation
+from .blocks import DecoderBlock, DynamicGatingFusion, KeyValueStore, LinearFusion, RMSNorm, Rotation
 from .curves import MAX_ROWS
-from .engines import activations, native, norms, rotary
+from .engines import activations, native, norms
 from .engines.best import best
-from .engines.exact import exact_attention, takes
-from .engines.fused import FusedLayer, Geometry, Products
-from .engines.native import NativeBf16
+from .engines.decoder_layer import NO_NORM, DecoderLayer, Linears
+from .engines.fused import Norm
 from .engines.quantised import fingerprint
+from .forwards import is_hooked
 from .network import DraftNetwork
 from .packed import PackedWeight
 from .recast import RecastLM
@@ -43,9 +42,9 @@ class _Parts:
     """
 
     def __init__(self, network: DraftNetwork | RecastLM) -> None:
-        packs = _packs(network)
-        self.fusion = None if network.fusion is None else _FUSIONS[type(network.fusion)](network.fusion, packs)
-        self.blocks = [_Block(block, packs) for block in network.blocks]
+        copies = _copies(network)
+        self.fusion = None if network.fusion is None else _FUSIONS[type(network.fusion)](network.fusion, copies)
+        self.blocks = [(_kernels(block, copies), block.self_attn) for block in network.blocks]
 
 
 class HostNetwork:
@@ -76,14 +75,14 @@ class HostNetwork:
         fits = batch == 1 and 0 < rows <= MAX_ROWS and (mask is not None or rows == 1)
         if not fits or rotation[0].shape[1] not in (1, rows):
             return self._network.step(tokens, inputs, rotation, mask, store)
-        hidden = self._network.embed(tokens)[0]
+        hidden = self._network.embed(tokens)
         if self._parts.fusion is not None:
-            hidden = self._parts.fusion(hidden, inputs[0])
+            hidden = self._parts.fusion(hidden, inputs)
         cosines, sines = (each.expand(1, rows, 1, -1).reshape(1, rows, -1).contiguous() for each in rotation)
         sines = torch.cat((-sines[..., : sines.shape[-1] // 2], sines[..., sines.shape[-1] // 2 :]), dim=-1)
-        for block in self._parts.blocks:
-            hidden = block(hidden, (cosines, sines), mask, store)
-        return self._network.finish(hidden.unsqueeze(0))
+        for kernels, attention in self._parts.blocks:
+            hidden = kernels.compute(attention, hidden, (cosines, sines), mask, store, {})
+        return self._network.finish(hidden)
 
 
 _known: WeakKeyDictionary[DraftNetwork | RecastLM, tuple[tuple, _Parts | None]] = WeakKeyDictionary()
@@ -152,143 +151,50 @@ def _tensors(network: DraftNetwork | RecastLM) -> list[Tensor]:
     return [parameter for part in _computed(network) for parameter in part.parameters()]
 
 
-def _packs(network: DraftNetwork | RecastLM) -> bool:
+def _copies(network: DraftNetwork | RecastLM) -> bool:
     """Whether its weights are few enough to be copied."""
     return sum(each.nbytes for each in _tensors(network) if not isinstance(each, PackedWeight)) <= _MOST_BYTES
 
 
 def _identity(network: DraftNetwork | RecastLM) -> tuple:
     """Changes with the weights that are computed with: if they are copied, with their content."""
-    packs = _packs(network)
-    found: list = [packs]
+    copies = _copies(network)
+    found: list = [copies]
     for tensor in _tensors(network):
         if isinstance(tensor, PackedWeight):
             found.append(id(tensor.kernel))
         else:
-            found.append((tensor.data_ptr(), fingerprint(tensor.detach()) if packs else tuple(tensor.shape)))
+            found.append((tensor.data_ptr(), fingerprint(tensor.detach()) if copies else tuple(tensor.shape)))
     return tuple(found)
 
 
-class _Products:
-    """Products of rows with matrices of one input, which lie side by side if they are packed here.
-
-    Args:
-        weights: (n, K) each.
-        biases: (n,) or None, of each.
-        packs: whether weights may be copied.
-    """
-
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], packs: bool) -> None:
-        self._weights, self._biases = tuple(weights), tuple(biases)
-        self._sizes = [len(weight) for weight in weights]
-        self._stack, self._stacked_bias = None, None
-        if packs and not any(isinstance(weight, PackedWeight) for weight in weights):
-            self._stack = NativeBf16.of(torch.cat([weight.detach() for weight in weights]))
-            if self._stack is not None and any(bias is not None for bias in biases):
-                whole = [
-                    torch.zeros_like(weight[:, 0]) if bias is None else bias.detach()
-                    for weight, bias in zip(weights, biases, strict=True)
-                ]
-                self._stacked_bias = torch.cat(whole)
-
-    @classmethod
-    def of(cls, packs: bool, *linears: nn.Linear) -> _Products:
-        """Those of linear layers."""
-        return cls([linear.weight for linear in linears], [linear.bias for linear in linears], packs)
-
-    def native(self) -> Products | None:
-        """The same for native kernels, if it is these that multiply."""
-        if self._stack is not None:
-            return Products([self._stack], [self._stacked_bias, *[None] * (len(self._sizes) - 1)], self._sizes)
-        if not all(isinstance(weight, PackedWeight) for weight in self._weights):
-            return None
-        return Products.of([weight.kernel for weight in self._weights], self._biases)
-
-    def __call__(self, rows: Tensor) -> Sequence[Tensor]:
-        """(R, K) to (R, n), for each."""
-        if self._stack is not None:
-            return self._stack.product(rows, self._stacked_bias).split(self._sizes, dim=1)
-        pairs = zip(self._weights, self._biases, strict=True)
-        return [F.linear(rows, weight, bias) for weight, bias in pairs]
+def _norm(module: nn.Module) -> Norm:
+    """`blocks.RMSNorm`, or none in place of `nn.Identity`."""
+    return (module.weight.detach(), module.eps) if isinstance(module, RMSNorm) else NO_NORM
 
 
-class _Norm:
-    """`blocks.RMSNorm`, or nothing in place of `nn.Identity`."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        self.parts = (norm.weight.detach(), norm.eps) if isinstance(norm, RMSNorm) else (None, 0.0)
-
-    def __call__(self, states: Tensor) -> Tensor:
-        """(..., n), its last dimension without gaps."""
-        return states if self.parts[0] is None else norms.normalised(states, *self.parts)
-
-
-class _Block:
-    """`blocks.DecoderBlock` for one sequence."""
-
-    def __init__(self, block: DecoderBlock, packs: bool) -> None:
-        attention, mlp = block.self_attn, block.mlp
-        self._attention: Attention = attention
-        self._norms = _Norm(block.input_layernorm), _Norm(block.post_attention_layernorm)
-        self._head_norms = _Norm(attention.q_norm), _Norm(attention.k_norm)
-        self._states = _Products.of(packs, attention.q_proj, attention.k_proj, attention.v_proj)
-        self._output = _Products.of(packs, attention.o_proj)
-        self._gates, self._down = _Products.of(packs, mlp.gate_proj, mlp.up_proj), _Products.of(packs, mlp.down_proj)
-        self._activation = activations.function_of(mlp.act_fn)
-        self._fused = self._as_fused()
-
-    def _as_fused(self) -> FusedLayer | None:
-        """The block in two calls, if native kernels multiply."""
-        products = [each.native() for each in (self._states, self._output, self._gates, self._down)]
-        if any(each is None for each in products):
-            return None
-        width, sizes = self._attention.head_dim, products[0].sizes
-        heads, groups = sizes[0] // width, sizes[1] // width
-        dtype = self._attention.q_proj.weight.dtype
-        geometry = Geometry(products[1].sizes[0], heads, groups, width, dtype, self._activation)
-        norms, head_norms = (tuple(norm.parts for norm in each) for each in (self._norms, self._head_norms))
-        return FusedLayer(geometry, *products, norms, head_norms)
-
-    def __call__(
-        self, hidden: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, store: KeyValueStore | None
-    ) -> Tensor:
-        """(R, h) to (R, h); rotation in transformers' form, (1, R, D) each."""
-        fused = self._fused
-        if fused is not None:
-            given = hidden.contiguous().unsqueeze(0)
-            query, key, value = fused.states(given, *rotation)
-        else:
-            query, key, value = self._query_key_value(hidden, rotation)
-        if store is not None:
-            key, value = store.update(key, value, self._attention.layer)
-        if fused is not None and takes(query, key, value, mask):
-            return fused.rest(given, query, key, value, mask, self._attention.head_dim**-0.5)[0]
-        attended = exact_attention(self._attention, query, key, value, mask)[0]
-        hidden = hidden + self._output(attended.view(len(hidden), -1))[0]
-        gate, up = self._gates(self._norms[1](hidden))
-        return hidden + self._down(activations.gated(self._activation, gate, up))[0]
-
-    def _query_key_value(self, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """(1, H, R, D), (1, G, R, D) twice."""
-        rows, width = len(hidden), self._attention.head_dim
-        query, key, value = (each.view(1, rows, -1, width) for each in self._states(self._norms[0](hidden)))
-        query, key = self._head_norms[0](query), self._head_norms[1](key)
-        return *rotary.rotate(query, key, *rotation), value.transpose(1, 2)
+def _kernels(block: DecoderBlock, copies: bool) -> DecoderLayer:
+    """What computes a block."""
+    query, key, value, out, gate, up, down = _linears(block)
+    linears = [Linears.of(*each, copies=copies) for each in ((query, key, value), (out,), (gate, up), (down,))]
+    norms, activation = tuple(map(_norm, _norms(block))), activations.function_of(block.mlp.act_fn)
+    head_dim = block.self_attn.head_dim
+    return DecoderLayer(*linears, norms[:2], norms[2:], head_dim=head_dim, activation=activation)
 
 
 class _GatingFusion:
     """`blocks.DynamicGatingFusion`."""
 
-    def __init__(self, fusion: DynamicGatingFusion, packs: bool) -> None:
-        self._norm = _Norm(fusion.input_layernorm)
+    def __init__(self, fusion: DynamicGatingFusion, copies: bool) -> None:
+        self._norm = _norm(fusion.input_layernorm)
         self._from_feature, self._from_token, self._gate = (
-            _Products([weight.t()], [None], packs) for weight in (fusion.W_1, fusion.W_2, fusion.W_z)
+            Linears([weight.t()], [None], copies) for weight in (fusion.W_1, fusion.W_2, fusion.W_z)
         )
 
     def __call__(self, embeddings: Tensor, features: Tensor) -> Tensor:
-        """(R, h) each to (R, h)."""
+        """(B, T, h) each to (B, T, h)."""
         from_feature = self._from_feature(features)[0]
-        from_token = F.silu(self._from_token(self._norm(embeddings))[0])
+        from_token = F.silu(self._from_token(norms.normalised(embeddings, *self._norm))[0])
         gate = torch.sigmoid(self._gate(torch.cat((from_feature, from_token), dim=-1))[0])
         return torch.lerp(from_token, from_feature, gate)
 
@@ -296,11 +202,11 @@ class _GatingFusion:
 class _LinearFusion:
     """`blocks.LinearFusion`."""
 
-    def __init__(self, fusion: LinearFusion, packs: bool) -> None:
-        self._product = _Products.of(packs, fusion.fc)
+    def __init__(self, fusion: LinearFusion, copies: bool) -> None:
+        self._product = Linears.of(fusion.fc, copies=copies)
 
     def __call__(self, embeddings: Tensor, features: Tensor) -> Tensor:
-        """(R, h) each to (R, h)."""
+        """(B, T, h) each to (B, T, h)."""
         return self._product(torch.cat((embeddings, features), dim=-1))[0]
 
 

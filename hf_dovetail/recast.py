@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .anatomy import decoder_layers, is_hooked
+from .anatomy import decoder_layers
 from .attention import BranchingMask
 from .blocks import DecoderBlock, KeyValueStore, RMSNorm, RotaryTable, Rotation, fold_mask
 from .config import ROPE_TYPES_KEPT, DovetailConfig
 from .devices import to_host
+from .forwards import is_hooked
 from .levels import likeliest
 from .rows import RowBuffer
 

@@ -28,6 +28,7 @@ LAYERS = (
         "eight_bits",
         "placement",
         "anatomy",
+        "forwards",
         "names",
     ),
     ("accept", "worth", "experience", "cache", "attention", "dispatch", "blocks", "levels", "costs", "formats"),

@@ -26,6 +26,7 @@ from transformers.utils import output_capturing
 from hf_dovetail import prepare_target, restore_target
 from hf_dovetail.cache import GrowingCache
 from hf_dovetail.engines import activations, int4, layers, native, norms, onednn, rotary
+from hf_dovetail.engines.decoder_layer import DecoderLayer
 from hf_dovetail.engines.quantised import QuantisedKernel, stack_of
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
@@ -58,13 +59,13 @@ INNER = (
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """The attention modules of the layers that were computed lean, call by call."""
     modules: list[nn.Module] = []
-    own = layers._Parts.compute
+    own = DecoderLayer.compute
 
-    def compute(parts: Any, *args: Any) -> Tensor:
-        modules.append(parts.attention)
-        return own(parts, *args)
+    def compute(kernels: DecoderLayer, attention: nn.Module, *args: Any) -> Tensor:
+        modules.append(attention)
+        return own(kernels, attention, *args)
 
-    monkeypatch.setattr(layers._Parts, "compute", compute)
+    monkeypatch.setattr(DecoderLayer, "compute", compute)
     return modules
 
 
@@ -181,7 +182,7 @@ def test_each_function_of_the_rotary_embedding_is_compared(monkeypatch: pytest.M
 
 def fused_layers(model: PreTrainedModel) -> int:
     """How many layers are two native calls."""
-    return sum(layer.forward.args[0].parts().fused[1] is not None for layer in model.model.layers)
+    return sum(layer.forward.args[0].parts().kernels[1].is_fused for layer in model.model.layers)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

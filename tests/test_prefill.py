@@ -25,6 +25,7 @@ from hf_dovetail.cache import GrowingCache, held_states, num_cache_layers
 from hf_dovetail.curves import MAX_ROWS
 from hf_dovetail.demo import demo_prompts, load_pair
 from hf_dovetail.engines import layers, native, onednn
+from hf_dovetail.engines.decoder_layer import DecoderLayer
 from hf_dovetail.prefill import calls, measure, passes, upload
 from hf_dovetail.prefill.switch import streaming_of
 from hf_dovetail.target import FeatureTap
@@ -505,8 +506,8 @@ def test_a_device_that_computes_something_else_is_refused(
 def test_layers_out_of_kernels_stay_so_for_few_rows(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the order in which two stand-ins for a layer's forward come and go."""
     lean: list[Any] = []
-    own = layers._Parts.compute
-    monkeypatch.setattr(layers._Parts, "compute", lambda parts, *args: lean.append(parts) or own(parts, *args))
+    own = DecoderLayer.compute
+    monkeypatch.setattr(DecoderLayer, "compute", lambda kernels, *args: lean.append(kernels) or own(kernels, *args))
     model = tiny.build("llama")
     expected = logits(model, tiny.prompt(5))[0]
     streamed(model, "onednn")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from ..forwards import stand_in, take_out
 from . import native
 
 _BY_TANH = 2 * math.sqrt(2 / math.pi)
@@ -37,9 +38,7 @@ def switch_on(model: PreTrainedModel) -> None:
 
 def switch_off(model: PreTrainedModel) -> None:
     """Give the modules their own functions back."""
-    for module in model.modules():
-        if getattr(vars(module).get("forward"), "func", None) is _forward:
-            del module.forward
+    take_out(model.modules(), _forward)
 
 
 def function_of(module: nn.Module) -> str | None:
@@ -49,8 +48,8 @@ def function_of(module: nn.Module) -> str | None:
 
 def name_of(module: nn.Module) -> str | None:
     """The name of the function that a module computes by the kernel, or None if it does not."""
-    forward = vars(module).get("forward")
-    return forward.args[0] if isinstance(forward, partial) and forward.func is _forward else None
+    forward = stand_in(module, _forward)
+    return None if forward is None else forward.args[0]
 
 
 def coefficients_of(name: str) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from ..grouped import MOST_ROWS, NAME, grouped_attention, takes_grouped
 from . import native
 
 _NO_MASK, _BOOL_MASK, _ADDED_MASK = range(3)
-_Sizes, _Steps = ctypes.c_long * 7, ctypes.c_long * 11
+_Sizes, _Strides = ctypes.c_long * 7, ctypes.c_long * 11
 
 
 def exact_attention(
@@ -96,7 +96,7 @@ def _attend(
     groups, keys, value_width = value.shape[1:]
     output = torch.empty((batch, rows, heads, value_width), dtype=query.dtype, device="cpu")
     threads = torch.get_num_threads()
-    kind, address, mask_steps = mask_arguments(mask)
+    kind, address, mask_strides = mask_arguments(mask)
     kernels.dovetail_attention(
         query.data_ptr(),
         key.data_ptr(),
@@ -105,7 +105,7 @@ def _attend(
         output.data_ptr(),
         native.scratch(4 * threads * kernels.dovetail_attention_scratch(keys, width)),
         _Sizes(batch, heads, groups, rows, keys, width, value_width),
-        _Steps(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mask_steps),
+        _Strides(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mask_strides),
         scale,
         kind,
         query.dtype == torch.bfloat16,
@@ -115,12 +115,12 @@ def _attend(
 
 
 def mask_arguments(mask: Tensor | None) -> tuple[int, int, tuple[int, int]]:
-    """Kind, address and steps (of the batch, of rows) of a mask that `takes` takes, for the kernels."""
+    """Kind, address and strides (of the batch, of rows) of a mask that `takes` takes, for the kernels."""
     if mask is None:
         return _NO_MASK, 0, (0, 0)
     kind = _BOOL_MASK if mask.dtype == torch.bool else _ADDED_MASK
-    steps = 0 if mask.shape[0] == 1 else mask.stride(0), 0 if mask.shape[2] == 1 else mask.stride(2)
-    return kind, mask.data_ptr(), steps
+    strides = 0 if mask.shape[0] == 1 else mask.stride(0), 0 if mask.shape[2] == 1 else mask.stride(2)
+    return kind, mask.data_ptr(), strides
 
 
 # Not by `switch_on`: a copy of a prepared model, in another process, asks for it by name.

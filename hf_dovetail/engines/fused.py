@@ -59,15 +59,15 @@ class Geometry:
     """Sizes of a layer.
 
     Args:
-        hidden: width of its input. heads, groups: of queries, and of keys and values. width: of a head.
+        hidden: width of its input. heads, kv_heads: of queries, and of keys and values. head_dim: width of a head.
         dtype: bf16 or fp32.
         activation: name of the gate's function.
     """
 
     hidden: int
     heads: int
-    groups: int
-    width: int
+    kv_heads: int
+    head_dim: int
     dtype: torch.dtype
     activation: str
 
@@ -81,7 +81,7 @@ class FusedLayer:
 
     Args:
         geometry: its sizes.
-        states, output, gates, down: queries, keys and values; back from attention; gate and up; back from the MLP.
+        qkv, out, gate_up, down: queries, keys and values; back from attention; gate and up; back from the MLP.
         norms: of the layer's input, and of the MLP's.
         head_norms: of queries, and of keys.
     """
@@ -89,26 +89,26 @@ class FusedLayer:
     def __init__(
         self,
         geometry: Geometry,
-        states: Products,
-        output: Products,
-        gates: Products,
+        qkv: Products,
+        out: Products,
+        gate_up: Products,
         down: Products,
         norms: tuple[Norm, Norm],
         head_norms: tuple[Norm, Norm] = ((None, 0.0), (None, 0.0)),
     ) -> None:
         self._kernels, self._geometry = native.loaded()[0], geometry
-        self._held = states, output, gates, down, norms, head_norms
-        self._layer = _Layer(
-            *(_linears(products) for products in (states, output, gates, down)),
-            (_Norm * 2)(*(_Norm(_address(weight), epsilon) for weight, epsilon in norms)),
-            (_Norm * 2)(*(_Norm(_address(weight), epsilon) for weight, epsilon in head_norms)),
-            *(geometry.hidden, geometry.heads, geometry.groups, geometry.width),
+        self._held = qkv, out, gate_up, down, norms, head_norms
+        self._layer = _CLayer(
+            *(_linears(products) for products in (qkv, out, gate_up, down)),
+            (_CNorm * 2)(*(_CNorm(_address(weight), epsilon) for weight, epsilon in norms)),
+            (_CNorm * 2)(*(_CNorm(_address(weight), epsilon) for weight, epsilon in head_norms)),
+            *(geometry.hidden, geometry.heads, geometry.kv_heads, geometry.head_dim),
             geometry.dtype == torch.bfloat16,
             *coefficients_of(geometry.activation),
         )
         self._address = ctypes.addressof(self._layer)
 
-    def states(self, hidden: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, hidden: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values.
 
         Args:
@@ -118,10 +118,10 @@ class FusedLayer:
             (B, H, T, D), (B, G, T, D), (B, G, T, D), laid out row by row.
         """
         sizes, (batch, rows, _) = self._geometry, hidden.shape
-        query = hidden.new_empty(batch, rows, sizes.heads, sizes.width)
-        key, value = (hidden.new_empty(batch, rows, sizes.groups, sizes.width) for _ in range(2))
+        query = hidden.new_empty(batch, rows, sizes.heads, sizes.head_dim)
+        key, value = (hidden.new_empty(batch, rows, sizes.kv_heads, sizes.head_dim) for _ in range(2))
         threads, count = torch.get_num_threads(), batch * rows
-        self._kernels.dovetail_layer_states(
+        self._kernels.dovetail_layer_qkv(
             self._address,
             hidden.data_ptr(),
             cosines.data_ptr(),
@@ -136,13 +136,13 @@ class FusedLayer:
         )
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
-    def rest(
+    def finish(
         self, hidden: Tensor, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
     ) -> Tensor:
         """What comes out of the layer.
 
         Args:
-            hidden: what went in. query: of `states`.
+            hidden: what went in. query: of `qkv`.
             keys, values: (B, G, S, D) that the cache shows. mask: (B, 1, T, S) or None, that `exact.takes` takes.
             scale: of the scores.
 
@@ -152,8 +152,8 @@ class FusedLayer:
         output, (batch, rows, _), count = torch.empty_like(hidden), hidden.shape, keys.shape[2]
         threads = torch.get_num_threads()
         room = self._kernels.dovetail_layer_room(self._address, batch * rows, count, threads)
-        kind, mask_address, mask_steps = mask_arguments(mask)
-        self._kernels.dovetail_layer_rest(
+        kind, mask_address, mask_strides = mask_arguments(mask)
+        self._kernels.dovetail_layer_finish(
             self._address,
             hidden.data_ptr(),
             query.data_ptr(),
@@ -164,7 +164,7 @@ class FusedLayer:
             batch,
             rows,
             count,
-            _Steps(*keys.stride()[:3], *values.stride()[:3], *mask_steps),
+            _Strides(*keys.stride()[:3], *values.stride()[:3], *mask_strides),
             scale,
             kind,
             native.scratch(room),
@@ -173,7 +173,7 @@ class FusedLayer:
         return output
 
 
-class _Linears(ctypes.Structure):
+class _CLinears(ctypes.Structure):
     _fields_ = (
         ("matrices", native.Matrix * _PARTS),
         ("biases", ctypes.c_void_p * _PARTS),
@@ -183,25 +183,25 @@ class _Linears(ctypes.Structure):
     )
 
 
-class _Norm(ctypes.Structure):
+class _CNorm(ctypes.Structure):
     _fields_ = (("weight", ctypes.c_void_p), ("epsilon", ctypes.c_float))
 
 
-class _Layer(ctypes.Structure):
+class _CLayer(ctypes.Structure):
     _fields_ = (
-        *((name, _Linears) for name in ("states", "output", "gates", "down")),
-        *((name, _Norm * 2) for name in ("norms", "head_norms")),
-        *((name, ctypes.c_long) for name in ("hidden", "heads", "groups", "width", "bf16")),
+        *((name, _CLinears) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, _CNorm * 2) for name in ("norms", "head_norms")),
+        *((name, ctypes.c_long) for name in ("hidden", "heads", "kv_heads", "head_dim", "bf16")),
         *((name, ctypes.c_float) for name in ("linear", "cubic")),
     )
 
 
-_Steps = ctypes.c_long * 8
+_Strides = ctypes.c_long * 8
 
 
-def _linears(products: Products) -> _Linears:
+def _linears(products: Products) -> _CLinears:
     matrices, parts = products.matrices, len(products.sizes)
-    return _Linears(
+    return _CLinears(
         (native.Matrix * _PARTS)(*(packed.matrix for packed in matrices)),
         (ctypes.c_void_p * _PARTS)(*map(_address, products.biases)),
         (ctypes.c_long * _PARTS)(*products.sizes),

@@ -27,9 +27,9 @@ typedef struct {
 } Norm;
 
 typedef struct {
-  Linears states, output, gates, down;
+  Linears qkv, out, gate_up, down;
   Norm norms[2], head_norms[2]; /* of the layer's and the MLP's input; of queries and keys */
-  long hidden, heads, groups, width, bf16;
+  long hidden, heads, kv_heads, head_dim, bf16;
   float linear, cubic; /* of the activation */
 } Layer;
 
@@ -100,11 +100,11 @@ static const void *normalised(const Call *c, const Norm *n, const void *rows, vo
 /* Norms of heads, row by row: between two rows there are other parts. */
 static void normalise_heads(const Call *c, const Norm *n, Part *states, long heads, char *output) {
   const Layer *l = c->layer;
-  const long size = heads * l->width;
+  const long size = heads * l->head_dim;
   if (!n->weight) return;
   for (long row = 0; row < c->rows; row++)
     dovetail_norm((char *)states->numbers + bytes(l, row * states->step), output + bytes(l, row * size), n->weight, heads,
-                  l->width, l->width, n->epsilon, (int)l->bf16, c->threads);
+                  l->head_dim, l->head_dim, n->epsilon, (int)l->bf16, c->threads);
   *states = (Part){output, size};
 }
 
@@ -112,7 +112,7 @@ static long most(long a, long b) { return a > b ? a : b; }
 
 /* Bytes of scratch memory that the products of a layer need. */
 static long product_scratch(const Layer *l) {
-  const Linears *all[] = {&l->states, &l->output, &l->gates, &l->down};
+  const Linears *all[] = {&l->qkv, &l->out, &l->gate_up, &l->down};
   long size = 0;
   for (int i = 0; i < 4; i++)
     for (long p = 0; p < (all[i]->stacked ? 1 : all[i]->parts); p++) {
@@ -124,48 +124,48 @@ static long product_scratch(const Layer *l) {
 
 /* Bytes of memory that the calls need for so many rows and keys. */
 long dovetail_layer_room(const Layer *l, long rows, long keys, int threads) {
-  const long normed = aligned(bytes(l, rows * l->hidden)), states = aligned(bytes(l, rows * columns(&l->states)));
-  const long attended = aligned(bytes(l, rows * l->heads * l->width)), gates = aligned(bytes(l, rows * columns(&l->gates)));
+  const long normed = aligned(bytes(l, rows * l->hidden)), states = aligned(bytes(l, rows * columns(&l->qkv)));
+  const long attended = aligned(bytes(l, rows * l->heads * l->head_dim)), gates = aligned(bytes(l, rows * columns(&l->gate_up)));
   const long before = normed + 2 * states, after = attended + 2 * normed + 2 * gates;
-  return product_scratch(l) + most(before, after) + 4 * threads * dovetail_attention_scratch(keys, l->width) + 64;
+  return product_scratch(l) + most(before, after) + 4 * threads * dovetail_attention_scratch(keys, l->head_dim) + 64;
 }
 
-/* hidden: (rows, hidden). cosines, sines: (positions, width). query, key, value: (rows, heads or groups, width), turned. */
-void dovetail_layer_states(const Layer *l, const void *hidden, const void *cosines, const void *sines, long rows,
+/* hidden: (rows, hidden). cosines, sines: (positions, head_dim). query, key, value: (rows, heads or kv_heads, head_dim), turned. */
+void dovetail_layer_qkv(const Layer *l, const void *hidden, const void *cosines, const void *sines, long rows,
                            long positions, void *query, void *key, void *value, void *room, int threads) {
   const Call call = {l, rows, threads, room};
   char *normed = (char *)room + product_scratch(l), *states = normed + aligned(bytes(l, rows * l->hidden));
-  char *heads = states + aligned(bytes(l, rows * columns(&l->states)));
+  char *heads = states + aligned(bytes(l, rows * columns(&l->qkv)));
   Part parts[PARTS];
-  products(&call, &l->states, normalised(&call, &l->norms[0], hidden, normed), states, parts);
+  products(&call, &l->qkv, normalised(&call, &l->norms[0], hidden, normed), states, parts);
   normalise_heads(&call, &l->head_norms[0], &parts[0], l->heads, heads);
-  normalise_heads(&call, &l->head_norms[1], &parts[1], l->groups, heads + bytes(l, rows * l->heads * l->width));
-  dovetail_rotary(parts[0].numbers, query, l->heads, parts[0].step, parts[1].numbers, key, l->groups, parts[1].step, cosines,
-                  sines, rows, positions, l->width, (int)l->bf16, threads);
-  const long size = bytes(l, l->groups * l->width);
+  normalise_heads(&call, &l->head_norms[1], &parts[1], l->kv_heads, heads + bytes(l, rows * l->heads * l->head_dim));
+  dovetail_rotary(parts[0].numbers, query, l->heads, parts[0].step, parts[1].numbers, key, l->kv_heads, parts[1].step, cosines,
+                  sines, rows, positions, l->head_dim, (int)l->bf16, threads);
+  const long size = bytes(l, l->kv_heads * l->head_dim);
   for (long row = 0; row < rows; row++)
     memcpy((char *)value + row * size, (char *)parts[2].numbers + bytes(l, row * parts[2].step), (size_t)size);
 }
 
-/* query: (batch, rows, heads, width). keys, values: (batch, groups, keys, width), with steps of their own. output:
+/* query: (batch, rows, heads, head_dim). keys, values: (batch, kv_heads, keys, head_dim), with strides of their own. output:
  * (batch * rows, hidden). The other arguments are attention's. */
-void dovetail_layer_rest(const Layer *l, const void *hidden, const void *query, const void *keys, const void *values,
-                         const void *mask, void *output, long batch, long rows, long count, const long *steps, float scale,
+void dovetail_layer_finish(const Layer *l, const void *hidden, const void *query, const void *keys, const void *values,
+                         const void *mask, void *output, long batch, long rows, long count, const long *strides, float scale,
                          int mask_kind, void *room, int threads) {
-  const long own = l->heads * l->width, sizes[] = {batch, l->heads, l->groups, rows, count, l->width, l->width};
-  const long all[] = {rows * own, l->width, own, steps[0], steps[1], steps[2], steps[3], steps[4], steps[5], steps[6], steps[7]};
+  const long own = l->heads * l->head_dim, sizes[] = {batch, l->heads, l->kv_heads, rows, count, l->head_dim, l->head_dim};
+  const long all[] = {rows * own, l->head_dim, own, strides[0], strides[1], strides[2], strides[3], strides[4], strides[5], strides[6], strides[7]};
   const Call call = {l, batch * rows, threads, room};
-  const long wide = aligned(bytes(l, call.rows * columns(&l->gates))), size = aligned(bytes(l, call.rows * l->hidden));
+  const long wide = aligned(bytes(l, call.rows * columns(&l->gate_up))), size = aligned(bytes(l, call.rows * l->hidden));
   char *gates = (char *)room + product_scratch(l), *inner = gates + wide, *product = inner + wide, *normed = product + size;
   char *attended = normed + size;
   float *scratch = (float *)(attended + aligned(bytes(l, call.rows * own)));
   const Part before = {(void *)hidden, l->hidden}, after = {output, l->hidden};
   Part parts[PARTS];
   dovetail_attention(query, keys, values, mask, attended, scratch, sizes, all, scale, mask_kind, (int)l->bf16, threads);
-  products(&call, &l->output, attended, product, parts);
+  products(&call, &l->out, attended, product, parts);
   add(after, before, parts[0], call.rows, l->hidden, (int)l->bf16);
-  products(&call, &l->gates, normalised(&call, &l->norms[1], output, normed), gates, parts);
-  dovetail_activation(parts[0].numbers, parts[1].numbers, inner, call.rows, l->gates.sizes[0], parts[0].step, parts[1].step,
+  products(&call, &l->gate_up, normalised(&call, &l->norms[1], output, normed), gates, parts);
+  dovetail_activation(parts[0].numbers, parts[1].numbers, inner, call.rows, l->gate_up.sizes[0], parts[0].step, parts[1].step,
                       l->linear, l->cubic, (int)l->bf16, threads);
   products(&call, &l->down, inner, product, parts);
   add(after, after, parts[0], call.rows, l->hidden, (int)l->bf16);

@@ -25,13 +25,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
 
 from ..anatomy import same_code
-from ..curves import MAX_ROWS
+from ..forwards import take_out
 from ..grouped import MOST_ROWS, NAME
 from ..packed import PackedWeight
 from . import activations, native, norms, rotary
-from .exact import exact_attention, takes
-from .fused import FusedLayer, Geometry, Products
-from .quantised import parts_of_product, stack_of
+from .decoder_layer import NO_NORM, DecoderLayer, Linears
 
 _ATTENTIONS: dict[str, tuple[str, ...]] = {"llama": (), "mistral": (), "qwen2": (), "qwen3": ("q_norm", "k_norm")}
 """Models of transformers whose attention is known, and its norms of queries and keys; each has a few copies."""
@@ -53,9 +51,7 @@ def switch_on(model: PreTrainedModel) -> None:
 
 def switch_off(model: PreTrainedModel) -> None:
     """Give the layers their own functions back."""
-    for module in model.modules():
-        if getattr(vars(module).get("forward"), "func", None) is _forward:
-            del module.forward
+    take_out(model.modules(), _forward)
 
 
 class _Lean:
@@ -109,7 +105,8 @@ def _forward(
     if parts is None or not parts.fit(hidden_states):
         options |= {"attention_mask": attention_mask, "past_key_values": past_key_values}
         return type(layer).forward(layer, hidden_states, position_embeddings=position_embeddings, **options)
-    return parts.compute(hidden_states, attention_mask, past_key_values, position_embeddings, options)
+    compute = parts.kernels[1].compute
+    return compute(parts.attention, hidden_states, position_embeddings, attention_mask, past_key_values, options)
 
 
 def _takes(hidden: Tensor, embeddings: tuple[Tensor, Tensor] | None) -> bool:
@@ -121,30 +118,6 @@ def _takes(hidden: Tensor, embeddings: tuple[Tensor, Tensor] | None) -> bool:
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch_module._has_any_global_hook():
         return False
     return rotary.takes(hidden, *embeddings)
-
-
-class _Linears:
-    """Linear layers with one input, on packed weights; those that lie in one matrix are computed as one product.
-
-    Args:
-        modules: `nn.Linear` with packed weights of one precision.
-    """
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.dtype = modules[0].weight.dtype
-        self._kernels = [module.weight.kernel for module in modules]
-        self.biases = [module.bias for module in modules]
-        self._stack = stack_of(self._kernels) if len(modules) > 1 else None
-
-    def __call__(self, rows: Tensor) -> list[Tensor]:
-        """(B, T, K) to (B, T, n), or (B T, n), for each."""
-        if self._stack is not None:
-            return parts_of_product(self._stack, rows, self.biases)
-        return [kernel.linear(rows, bias) for kernel, bias in zip(self._kernels, self.biases, strict=True)]
-
-    def products(self) -> Products | None:
-        """The same for native kernels, if it is these that multiply."""
-        return Products.of(self._kernels, self.biases)
 
 
 class _Found:
@@ -195,104 +168,46 @@ class _Parts:
     Args:
         found: where it comes from.
         attention: the module.
-        norms: of the layer's input and of the MLP's.
-        head_norms: of queries and keys, or none.
-        norm_weights: of all these norms.
-        states, gates: what makes queries, keys and values, and what goes through the gated MLP.
-        output, down: what brings them back to the hidden states' width.
+        norms: of the layer's input, of the MLP's, and of queries and keys, if there are any.
+        linears: of queries, keys and values; back from attention; the gated MLP, and back.
         activation: the name of the gate's function.
     """
 
     found: _Found
     attention: nn.Module
     norms: tuple[nn.Module, ...]
-    head_norms: tuple[nn.Module, ...]
-    norm_weights: tuple[Tensor, ...]
-    states: _Linears
-    output: _Linears
-    gates: _Linears
-    down: _Linears
+    linears: tuple[Linears, ...]
     activation: str
 
     @functools.cached_property
-    def fused(self) -> tuple[tuple, FusedLayer | None]:
-        """The layer in two calls, if native kernels multiply, and what tells that it is still as it was."""
-        attention, linears = self.attention, (self.states, self.output, self.gates, self.down)
-        products = [each.products() for each in linears]
-        settings = self._settings()
-        if any(each is None for each in products):
-            return settings, None
-        states, output, gates, down = products
-        width = attention.head_dim
-        geometry = Geometry(
-            output.sizes[0],
-            states.sizes[0] // width,
-            states.sizes[1] // width,
-            width,
-            self.states.dtype,
-            self.activation,
-        )
-        norms, head_norms = (
-            tuple((n.weight, n.variance_epsilon) for n in each) for each in (self.norms, self.head_norms)
-        )
-        return settings, FusedLayer(geometry, states, output, gates, down, norms, *([head_norms] if head_norms else []))
+    def kernels(self) -> tuple[tuple, DecoderLayer]:
+        """What computes the layer, and what tells that it reads what the modules hold."""
+        settings, norms = self._settings(), [(norm.weight, norm.variance_epsilon) for norm in self.norms]
+        pairs = norms[:2], norms[2:] or (NO_NORM, NO_NORM)
+        head_dim = self.attention.head_dim
+        return settings, DecoderLayer(*self.linears, *pairs, head_dim=head_dim, activation=self.activation)
 
     @functools.cached_property
     def _small_weights(self) -> list[Tensor]:
         """Of norms, and biases."""
-        biases = (bias for each in (self.states, self.output, self.gates, self.down) for bias in each.biases)
-        return [*self.norm_weights, *(bias for bias in biases if bias is not None)]
+        biases = (bias for each in self.linears for bias in each.biases)
+        return [*(norm.weight for norm in self.norms), *(bias for bias in biases if bias is not None)]
 
     def _settings(self) -> tuple:
-        """Changes with what a call of the fused layer would not notice: where small weights lie, and numbers."""
-        numbers = [norm.variance_epsilon for norm in (*self.norms, *self.head_norms)]
-        return self.attention.head_dim, list(map(Tensor.data_ptr, self._small_weights)), numbers
+        """Changes with what the kernels would not notice: where small weights lie, and numbers."""
+        epsilons = [norm.variance_epsilon for norm in self.norms]
+        return self.attention.head_dim, list(map(Tensor.data_ptr, self._small_weights)), epsilons
 
     def unmoved(self) -> bool:
-        """Whether the fused layer reads what the modules hold."""
-        return self.fused[0] == self._settings()
+        """Whether the kernels read what the modules hold."""
+        return self.kernels[0] == self._settings()
 
     def fit(self, hidden: Tensor) -> bool:
         """Whether hidden states have the weights' precision, and the model uses this package's attention."""
         dtype, attention = hidden.dtype, self.attention
-        if attention.training or attention.config._attn_implementation != NAME or self.states.dtype != dtype:
+        if attention.training or attention.config._attn_implementation != NAME or self.linears[0].dtype != dtype:
             return False
-        return all(norms.can_normalise(weight, dtype) for weight in self.norm_weights)
-
-    def compute(
-        self,
-        hidden: Tensor,
-        mask: Tensor | None,
-        cache: Cache | None,
-        embeddings: tuple[Tensor, Tensor],
-        options: dict[str, Any],
-    ) -> Tensor:
-        """(B, T, h) to (B, T, h), in transformers' order."""
-        attention, (batch, rows, _) = self.attention, hidden.shape
-        fused = self.fused[1] if batch * rows <= MAX_ROWS and hidden.is_contiguous() else None
-        query, key, value = self._states(hidden, embeddings) if fused is None else fused.states(hidden, *embeddings)
-        if cache is not None:
-            key, value = cache.update(key, value, attention.layer_idx)
-        if fused is not None and takes(query, key, value, mask):
-            return fused.rest(hidden, query, key, value, mask, attention.scaling)
-        attended = exact_attention(attention, query, key, value, mask, 0.0, attention.scaling, **options)[0]
-        hidden = hidden + self.output(attended.reshape(batch, rows, -1))[0].view(hidden.shape)
-        gate, up = (each.view(batch * rows, -1) for each in self.gates(_normed(self.norms[1], hidden)))
-        inner = activations.gated(self.activation, gate, up).view(batch, rows, -1)
-        return hidden + self.down(inner)[0].view(hidden.shape)
-
-    def _states(self, hidden: Tensor, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, T, D), keys and values (B, G, T, D) of hidden states (B, T, h)."""
-        batch, rows, _ = hidden.shape
-        states = self.states(_normed(self.norms[0], hidden))
-        query, key, value = (each.view(batch, rows, -1, self.attention.head_dim) for each in states)
-        if self.head_norms:
-            query, key = map(_normed, self.head_norms, (query, key))
-        return *rotary.rotate(query, key, *embeddings), value.transpose(1, 2)
-
-
-def _normed(norm: nn.Module, states: Tensor) -> Tensor:
-    return norms.normalised(states, norm.weight, norm.variance_epsilon)
+        return all(norms.can_normalise(norm.weight, dtype) for norm in self.norms)
 
 
 def _look_into(layer: nn.Module) -> _Parts | None:
@@ -305,10 +220,9 @@ def _look_into(layer: nn.Module) -> _Parts | None:
     head_norms = _names_of_head_norms(layer)
     if head_norms is None or len({each.weight.dtype for each in linears}) != 1:
         return None
-    inner_norms = [getattr(attention, name) for name in head_norms]
-    layer_norms = [getattr(layer, name) for name in _NORMS]
+    norms_within = [getattr(layer, name) for name in _NORMS] + [getattr(attention, name) for name in head_norms]
     activation = activations.name_of(mlp.act_fn)
-    if activation is None or not all(map(norms.is_on, (*layer_norms, *inner_norms))):
+    if activation is None or not all(map(norms.is_on, norms_within)):
         return None
     if not all(map(_runs_its_class, (attention, mlp, *linears))):
         return None
@@ -316,13 +230,8 @@ def _look_into(layer: nn.Module) -> _Parts | None:
     return _Parts(
         found=_found(layer, type(attention).forward.__globals__),
         attention=attention,
-        norms=tuple(layer_norms),
-        head_norms=tuple(inner_norms),
-        norm_weights=tuple(norm.weight for norm in (*layer_norms, *inner_norms)),
-        states=_Linears((query, key, value)),
-        output=_Linears((output,)),
-        gates=_Linears((gate, up)),
-        down=_Linears((down,)),
+        norms=tuple(norms_within),
+        linears=(Linears.of(query, key, value), Linears.of(output), Linears.of(gate, up), Linears.of(down)),
         activation=activation,
     )
 

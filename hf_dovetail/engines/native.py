@@ -91,10 +91,10 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     found.dovetail_rotary.restype = None
     found.dovetail_best.argtypes, found.dovetail_best.restype = [number] * 3 + [size] * 4 + [ctypes.c_int], None
     found.dovetail_layer_room.argtypes, found.dovetail_layer_room.restype = [number, size, size, ctypes.c_int], size
-    found.dovetail_layer_states.argtypes = [number] * 4 + [size] * 2 + [number] * 4 + [ctypes.c_int]
-    found.dovetail_layer_states.restype = None
+    found.dovetail_layer_qkv.argtypes = [number] * 4 + [size] * 2 + [number] * 4 + [ctypes.c_int]
+    found.dovetail_layer_qkv.restype = None
     rest = [number] * 7 + [size] * 3 + [number, ctypes.c_float, ctypes.c_int, number, ctypes.c_int]
-    found.dovetail_layer_rest.argtypes, found.dovetail_layer_rest.restype = rest, None
+    found.dovetail_layer_finish.argtypes, found.dovetail_layer_finish.restype = rest, None
     return found, None
 
 

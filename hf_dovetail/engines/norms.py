@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..anatomy import same_code
+from ..forwards import stand_in, take_out
 from . import native
 
 
@@ -26,15 +27,12 @@ def switch_on(model: PreTrainedModel) -> None:
 
 def switch_off(model: PreTrainedModel) -> None:
     """Give the modules their own functions back."""
-    for module in model.modules():
-        if getattr(vars(module).get("forward"), "func", None) is _forward:
-            del module.forward
+    take_out(model.modules(), _forward)
 
 
 def is_on(module: nn.Module) -> bool:
     """Whether a module is a norm that runs on the kernel."""
-    forward = vars(module).get("forward")
-    return isinstance(forward, partial) and forward.func is _forward
+    return stand_in(module, _forward) is not None
 
 
 def _is_llamas(module: nn.Module) -> bool:
@@ -63,8 +61,13 @@ def can_normalise(weight: Tensor, dtype: torch.dtype) -> bool:
     return weight.dtype == dtype and weight.is_cpu and weight.is_contiguous()
 
 
-def normalised(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """The norm of (..., n) on the CPU, bf16 or fp32 as its weight (n,), by the kernel, without gradients."""
+def normalised(states: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    """The norm of (..., n) on the CPU, bf16 or fp32 as its weight (n,), by the kernel, without gradients.
+
+    Without a weight there is no norm: the states themselves.
+    """
+    if weight is None:
+        return states
     rows = states.reshape(-1, states.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     output = torch.empty(states.shape, dtype=states.dtype, device="cpu")

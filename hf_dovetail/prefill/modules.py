@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from ..anatomy import keeps_forward
+from ..forwards import keeps_forward
 from ..packed import PackedWeight
 
 

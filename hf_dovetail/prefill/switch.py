@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..attention import IMPLEMENTATIONS
+from ..forwards import stand_in, take_out
 from .passes import StreamedPass, Streaming
 
 logger = logging.get_logger(__name__)
@@ -53,12 +54,12 @@ def redirect(layers: Iterable[nn.Module]) -> None:
 def switch_off(decoder: nn.Module, layers: Iterable[nn.Module]) -> None:
     """Undo `switch_on` and `redirect`; a forward that others have put in the place of these is left alone."""
     _streamings.pop(decoder, None)
-    for module in (decoder, *layers):
-        mine = vars(module).get("forward")
-        if isinstance(mine, partial) and mine.func in (_decode, _layer):
-            del module.forward
-            if mine.func is _layer and mine.args[1] is not None:
-                module.forward = mine.args[1]
+    take_out((decoder,), _decode)
+    for layer in layers:
+        mine = stand_in(layer, _layer)
+        take_out((layer,), _layer)
+        if mine is not None and mine.args[1] is not None:
+            layer.forward = mine.args[1]
 
 
 def streaming_of(decoder: nn.Module) -> Streaming | None:
