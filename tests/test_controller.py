@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from texts import humaneval_prompts
 
 from hf_dovetail import TreeShape
 from hf_dovetail.accept import Accepted
@@ -75,8 +74,7 @@ def records() -> dict[str, list[Recorded]]:
     """Rounds of real text: greedy ones, in which the draft is good, and sampled ones, in which it is not."""
     target, draft, tokenizer = load_pair()
     draft.draft_device, draft.tree = "cpu", TreeShape(nodes=150, depth=10, top_k=10)
-    lines = (Path(__file__).parent / "data" / "humaneval_prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    prompts, records = [json.loads(line)["prompt"] for line in lines][5::20], {}
+    prompts, records = humaneval_prompts()[5::20], {}
     for kind in ("greedy", "sampled"):
         rounds: list[Round] = []
         draft.watch = rounds.append

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import Interrupting, python_texts
+from texts import humaneval_prompts
+from training import Interrupting
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
@@ -31,7 +32,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def windows(tokenizer):
-    stream = token_stream(tokenizer, python_texts())
+    stream = token_stream(tokenizer, humaneval_prompts())
     return stream[: len(stream) // 64 * 64].view(-1, 64)
 
 

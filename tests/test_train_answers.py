@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import ROOT, python_texts
+from texts import humaneval_prompts
+from training import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dovetail import DovetailAssistantModel
@@ -144,7 +145,7 @@ def test_no_records_are_refused(target, tokenizer, tmp_path: Path) -> None:
 
 def data(folder: Path) -> Path:
     path = folder / "data.jsonl"
-    source = "\n".join(python_texts())
+    source = "\n".join(humaneval_prompts())
     lines = [json.dumps({"text": source[i : i + 900]}) for i in range(0, 5400, 900)]
     path.write_text("\n".join([*lines[:3], "not json", *lines[3:]]) + "\n")
     return path

@@ -10,8 +10,8 @@ import pytest
 import tiny
 import torch
 from published import CASES
+from texts import humaneval_prompts
 from torch import Tensor
-from training import python_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
@@ -37,7 +37,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def windows(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    stream = token_stream(tokenizer, python_texts())
+    stream = token_stream(tokenizer, humaneval_prompts())
     return stream[: len(stream) // 64 * 64].view(-1, 64)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 
 import torch
+from texts import humaneval_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_dovetail import DovetailAssistantModel
@@ -17,7 +17,6 @@ from hf_dovetail.train.records import Record
 from hf_dovetail.train.text import encode
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPTS = ROOT / "tests" / "data" / "humaneval_prompts.jsonl"
 RECIPE = Recipe(
     steps=8,
     batch=4,
@@ -36,15 +35,10 @@ def load_target() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(pair_path("target"), dtype=torch.float32).eval()
 
 
-def python_texts() -> list[str]:
-    """Real Python that no change to the package changes, about 25,000 of its target's tokens."""
-    return [json.loads(line)["prompt"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
-
-
 def python_windows() -> Windows:
     """Real Python of which every second token counts."""
     tokenizer = AutoTokenizer.from_pretrained(pair_path("target"))
-    all_count = pack([encode(tokenizer, Record("here", "\n".join(python_texts()[:60])))], 32)
+    all_count = pack([encode(tokenizer, Record("here", "\n".join(humaneval_prompts()[:60])))], 32)
     return Windows(all_count.ids, all_count.ids % 2 == 0)
 
 
