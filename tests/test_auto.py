@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_streaming import RecordingStreamer
+from machines import at_these_costs
+from observers import RecordingStreamer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
 from hf_dovetail import plugin as plugin_module
 from hf_dovetail.controller import PROBE, AutoController
-from hf_dovetail.costs import Costs
 from hf_dovetail.curves import ROW_POINTS, CostCurves
 from hf_dovetail.decode import Round
 from hf_dovetail.demo import demo_prompts, load_pair
@@ -42,18 +42,6 @@ def pair() -> tuple[PreTrainedModel, DovetailAssistantModel, PreTrainedTokenizer
     target, draft, tokenizer = load_pair()
     draft.draft_device = "cpu"
     return target, draft, tokenizer
-
-
-def at_these_costs(
-    monkeypatch: pytest.MonkeyPatch, curves: CostCurves, experience: Experience, on_host: bool = True
-) -> None:
-    """Let curves take the place of clocks."""
-    costs = Costs(curves, learns=False)
-
-    def controller(*arguments: Any) -> tuple[None, AutoController]:
-        return None, AutoController(costs, experience, on_host, clock=lambda: 0.0)
-
-    monkeypatch.setattr(plugin_module, "_controller", controller)
 
 
 def test_auto_is_the_default_and_other_words_are_refused(llama: PreTrainedModel) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_isolation import snapshot
+from observers import snapshot
 from torch import Tensor
 from transformers import PreTrainedModel
 

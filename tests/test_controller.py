@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from machines import MACHINES, ROWS, machine
 from texts import humaneval_prompts
 
 from hf_dovetail import TreeShape
@@ -16,27 +17,12 @@ from hf_dovetail.accept import Accepted
 from hf_dovetail.acceptance import Acceptance, corrected
 from hf_dovetail.controller import PROBE, AutoController, Found
 from hf_dovetail.costs import WINDOW, Costs, Estimate
-from hf_dovetail.curves import MAX_ROWS, ROW_POINTS, CostCurves
+from hf_dovetail.curves import ROW_POINTS, CostCurves
 from hf_dovetail.decode import Round
 from hf_dovetail.demo import load_pair
 from hf_dovetail.experience import LARGEST, Experience
 from hf_dovetail.tree import DraftTree
 from hf_dovetail.worth import gains_of, nodes_of, sums_of
-
-ROWS = tuple(range(1, MAX_ROWS + 1))
-MACHINES: dict[str, Callable[[int], float]] = {
-    "flat": lambda rows: 10.0,
-    "memory-bound": lambda rows: 10.0 + 0.15 * (rows - 1),
-    "linear": lambda rows: 10.0 + 1.0 * (rows - 1),
-    "steps": lambda rows: 10.0 if rows <= 4 else 15.0 if rows <= 16 else 25.0,
-    "every row costs a pass": lambda rows: 10.0 * rows,
-}
-DRAFTS = {"fast": (0.15, 0.1), "medium": (0.8, 0.5), "slow": (3.0, 2.0)}
-
-
-def machine(name: str, draft: str) -> CostCurves:
-    first_ms, level_ms = DRAFTS[draft]
-    return CostCurves(ROWS, (0,), (tuple(MACHINES[name](rows) for rows in ROWS),), first_ms, 0.01, level_ms)
 
 
 @dataclass(frozen=True)

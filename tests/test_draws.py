@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_draft import made
-from test_levels import COMMITS, Answer, assert_same, replaying
+from sessions import COMMITS, Answer, assert_same, made, replaying
 from texts import humaneval_prompts
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -107,7 +106,6 @@ def test_the_pair_is_accepted_far_more_often(monkeypatch: pytest.MonkeyPatch) ->
 def test_host_and_device_guess_alike(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards graphs: the noise of this round, not of the captured one; other warpers are another kind of round."""
     target, draft = made(kind, "llama", 1)
-    target, draft = target.double(), tiny.met(draft.double(), target)
     answer, shapes = Answer(target, draft), [TreeShape(12, 4, 4)] * len(COMMITS)
     if kind == "lm":
         answer.features = None

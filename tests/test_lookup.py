@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_auto import at_these_costs
-from test_controller import machine
+from machines import at_these_costs, machine
 from torch import Tensor
 
 from hf_dovetail import TreeShape
