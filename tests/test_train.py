@@ -7,38 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from texts import humaneval_prompts
-from training import Interrupting
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from training import Interrupting, load_target, new_draft, python_rows
+from transformers import AutoTokenizer
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
-from hf_dovetail.demo import pair_path
 from hf_dovetail.draft import DraftSession
 from hf_dovetail.recipe import Recipe
-from hf_dovetail.train import Windows, capture, continue_stream, draft_loss, read_texts, token_stream, train_draft
+from hf_dovetail.train import Windows, capture, continue_stream, draft_loss, read_texts, train_draft
 
 RECIPE = Recipe(steps=30, batch=8, window=64, learning_rate=3e-3, warmup=5, distribution_weight=1.0, save_every=10)
 
 
 @pytest.fixture(scope="module")
-def target():
-    return AutoModelForCausalLM.from_pretrained(pair_path("target"), dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(pair_path("target"))
-
-
-@pytest.fixture(scope="module")
-def windows(tokenizer):
-    stream = token_stream(tokenizer, humaneval_prompts())
-    return stream[: len(stream) // 64 * 64].view(-1, 64)
-
-
-def new_draft(target, seed: int = 0) -> DovetailAssistantModel:
-    torch.manual_seed(seed)
-    return DovetailAssistantModel.from_target(target)
+def windows():
+    return python_rows()
 
 
 def loss_of(draft, target, windows, recipe=RECIPE) -> float:
@@ -154,7 +136,7 @@ def test_a_folder_of_another_run_is_not_touched(target, windows, tmp_path: Path)
     with pytest.raises(KeyboardInterrupt):
         train_draft(new_draft(target), target, Interrupting(Windows(windows), 1), few, cut)
     other = DovetailAssistantModel.from_target(target, num_hidden_layers=2)
-    tuned = AutoModelForCausalLM.from_pretrained(pair_path("target"), dtype=torch.float32)
+    tuned = load_target()
     torch.nn.init.ones_(tuned.model.layers[2].input_layernorm.weight)
     for name, arguments in (
         ("recipe", (new_draft(target), target, windows, replace(few, learning_rate=0.5))),
@@ -169,7 +151,7 @@ def test_a_folder_of_another_run_is_not_touched(target, windows, tmp_path: Path)
 
 
 def test_training_leaves_the_target_as_it_was(windows, tmp_path: Path) -> None:
-    target = AutoModelForCausalLM.from_pretrained(pair_path("target"), dtype=torch.float32).train()
+    target = load_target().train()
     before = {name: parameter.clone() for name, parameter in target.named_parameters()}
     train_draft(new_draft(target), target, windows, replace(RECIPE, steps=2), tmp_path)
     assert target.training

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from texts import humaneval_prompts
-from training import ROOT
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from training import ROOT, load_tokenizer
+from transformers import AutoTokenizer
 
 from hf_dovetail import DovetailAssistantModel
 from hf_dovetail.cli import main
@@ -40,13 +40,8 @@ RECORDS = [
 
 
 @pytest.fixture(scope="module")
-def target():
-    return AutoModelForCausalLM.from_pretrained(pair_path("target"), dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
 def tokenizer():
-    loaded = AutoTokenizer.from_pretrained(pair_path("target"))
+    loaded = load_tokenizer()
     loaded.chat_template = TEMPLATE
     return loaded
 

@@ -10,15 +10,15 @@ import pytest
 import tiny
 import torch
 from published import CASES
-from texts import humaneval_prompts
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from training import new_draft, python_rows
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
-from hf_dovetail.demo import demo_prompts, pair_path
+from hf_dovetail.demo import demo_prompts
 from hf_dovetail.draft import DraftSession
 from hf_dovetail.recipe import Recipe
-from hf_dovetail.train import capture, draft_loss, token_stream, train_draft
+from hf_dovetail.train import capture, draft_loss, train_draft
 from hf_dovetail.weights import feature_layers
 
 FUSIONS = ("eagle", "eagle3")
@@ -26,24 +26,8 @@ RECIPE = Recipe(steps=40, batch=8, window=64, learning_rate=5e-3, warmup=4, dist
 
 
 @pytest.fixture(scope="module")
-def target() -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(pair_path("target"), dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(pair_path("target"))
-
-
-@pytest.fixture(scope="module")
-def windows(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    stream = token_stream(tokenizer, humaneval_prompts())
-    return stream[: len(stream) // 64 * 64].view(-1, 64)
-
-
-def new_draft(target: PreTrainedModel, fusion: str, seed: int = 0) -> DovetailAssistantModel:
-    torch.manual_seed(seed)
-    return DovetailAssistantModel.from_target(target, fusion=fusion)
+def windows() -> Tensor:
+    return python_rows()
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
