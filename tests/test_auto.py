@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,14 +26,9 @@ from hf_dovetail.experience import LARGEST, Experience
 from hf_dovetail.learned import learned_of
 from hf_dovetail.lookup import Lookup
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 FREE = CostCurves(ROW_POINTS, (0,), (tuple([10.0] * 7),), 0.1, 0.001, 0.05)
 USUAL = CostCurves(ROW_POINTS, (0,), (tuple(10.0 + 0.3 * rows for rows in ROW_POINTS),), 1.0, 0.01, 0.5)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HF_HOME", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,7 @@
-"""Training on a real small target: it learns, resumes exactly, and computes what drafting computes."""
+"""Training on a real small target: it learns, and resumes exactly."""
 
 import json
 from dataclasses import replace
-from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from training import Interrupting, load_target, new_draft, python_rows
 from transformers import AutoTokenizer
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
-from hf_dovetail.draft import DraftSession
 from hf_dovetail.recipe import Recipe
 from hf_dovetail.train import Windows, capture, continue_stream, draft_loss, read_texts, train_draft
 
@@ -57,40 +55,6 @@ def test_a_run_that_was_interrupted_ends_as_if_it_was_not(target, windows, tmp_p
         torch.testing.assert_close(a, b, msg=name)
     restarted = train_draft(new_draft(target), target, windows, replace(RECIPE, steps=20), tmp_path / "restarted")
     assert not torch.equal(whole.fusion.W_1, restarted.fusion.W_1)
-
-
-def test_unrolled_steps_compute_what_a_tree_computes(target, windows) -> None:
-    """Step j at row t must be the hidden state of a node at depth j-1; an off-by-one in rows or masks shows here."""
-    draft = new_draft(target)
-    draft.meet(target)
-    ids = windows[3:4, :24]
-    features, _ = capture(target, ids)
-    row = 20  # tokens up to `row` are certain, and the text goes on with ids[row + 1] ...
-    seen: list[torch.Tensor] = []
-    forward = DovetailAssistantModel.forward
-
-    @wraps(forward)
-    def spy(self, *args, **kwargs):
-        seen.append(forward(self, *args, **kwargs))
-        return seen[-1]
-
-    recipe = replace(RECIPE, unroll=3, noise=0.0)
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DovetailAssistantModel, "forward", spy)
-        logits = target(ids).logits
-        draft_loss(draft, ids, features, logits, recipe, torch.Generator())
-        unrolled = [step[0, row + depth] for depth, step in enumerate(seen)]
-        seen.clear()
-        session = DraftSession(draft)
-        session.begin(ids[:, :1], 0)
-        session.commit(ids[:, 1 : row + 2], features[:, : row + 1])
-        hidden = session._steps.catch_up(session._tokens, session._features)
-        torch.testing.assert_close(hidden[0, 0], unrolled[0], rtol=1e-4, atol=1e-5)
-        for depth in (1, 2):
-            path = torch.ones(1, depth, dtype=torch.bool)
-            hidden = session._steps.level(ids[:, row + depth + 1 : row + depth + 2], hidden, path)
-            torch.testing.assert_close(hidden[0, 0], unrolled[depth], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(unrolled[1], unrolled[2])
 
 
 def test_the_target_writes_greedy_text(target, windows) -> None:
