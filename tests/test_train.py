@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
 from hf_dovetail.recipe import Recipe
-from hf_dovetail.train import Windows, capture, continue_stream, draft_loss, read_texts, train_draft
+from hf_dovetail.train import Extras, Windows, capture, continue_stream, draft_loss, read_texts, train_draft
 
 RECIPE = Recipe(steps=30, batch=8, window=64, learning_rate=3e-3, warmup=5, distribution_weight=1.0, save_every=10)
 
@@ -31,7 +31,7 @@ def loss_of(draft, target, windows, recipe=RECIPE) -> float:
 def test_training_learns_and_the_draft_is_accepted(target, tokenizer, windows, tmp_path: Path) -> None:
     draft = new_draft(target)
     before = loss_of(draft, target, windows)
-    train_draft(draft, target, windows, RECIPE, tmp_path, tokenizer)
+    train_draft(draft, target, windows, RECIPE, tmp_path, Extras(tokenizer))
     assert loss_of(draft, target, windows) < 0.75 * before  # 0.67 to 0.68 of it over several seeds
     loaded = DovetailAssistantModel.from_pretrained(tmp_path)
     assert loss_of(loaded, target, windows) == pytest.approx(loss_of(draft, target, windows))

@@ -18,7 +18,7 @@ from hf_dovetail import DovetailAssistantModel, TreeShape
 from hf_dovetail.demo import demo_prompts
 from hf_dovetail.draft import DraftSession
 from hf_dovetail.recipe import Recipe
-from hf_dovetail.train import capture, draft_loss, train_draft
+from hf_dovetail.train import Extras, capture, draft_loss, train_draft
 from hf_dovetail.weights import feature_layers
 
 FUSIONS = ("eagle", "eagle3")
@@ -39,7 +39,7 @@ def test_training_learns_and_the_draft_is_accepted(
     tmp_path: Path,
 ) -> None:
     """Real text and a real small target: more tokens per round than without training, and the same answer as plain."""
-    trained = train_draft(new_draft(target, fusion), target, windows, RECIPE, tmp_path, tokenizer)
+    trained = train_draft(new_draft(target, fusion), target, windows, RECIPE, tmp_path, Extras(tokenizer))
     loaded = DovetailAssistantModel.from_pretrained(tmp_path)
     assert trained.state_dict().keys() == loaded.state_dict().keys()
     rates = []
