@@ -178,12 +178,10 @@ def test_copies_draft_alike(ids: Tensor, llama: PreTrainedModel, tmp_path: Path)
 
 
 def test_it_drafts_on_another_device(
-    ids: Tensor, llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ids: Tensor, llama: PreTrainedModel, tmp_path: Path, accelerator: Accelerator
 ) -> None:
     """Guards the integer product there (no fallback) and what is copied: 8-bit values, never whole weights."""
     tiny.draft_for(llama, "untrained").save_pretrained(tmp_path)
-    accelerator = Accelerator()
-    accelerator.install(monkeypatch)
     draft = DovetailAssistantModel.from_pretrained(tmp_path, weight_bits=8)
     draft.draft_device = str(DEVICE)
     with accelerator:
