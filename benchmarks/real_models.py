@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
 from hf_dovetail.recipe import Recipe
-from hf_dovetail.train import read_texts, token_stream, train_draft
+from hf_dovetail.train import Extras, read_texts, token_stream, train_draft
 
 MODELS = ("stories260K", "babyllama-tok105", "babyllama-tok361as105", "atome-vanilla-1m-bytes")
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 0}
@@ -42,7 +42,7 @@ def trained_draft(target: Any, tokenizer: Any, out: Path, steps: int) -> tuple[D
     windows = stream[: len(stream) // recipe.window * recipe.window].view(-1, recipe.window)
     torch.manual_seed(0)
     begin = time.perf_counter()
-    draft = train_draft(DovetailAssistantModel.from_target(target), target, windows, recipe, out, tokenizer)
+    draft = train_draft(DovetailAssistantModel.from_target(target), target, windows, recipe, out, Extras(tokenizer))
     return draft, time.perf_counter() - begin
 
 

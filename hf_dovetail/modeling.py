@@ -173,7 +173,10 @@ class DovetailAssistantModel(DraftNetwork):
             )
 
     def weight_bytes(self, target: PreTrainedModel) -> int:
-        """Bytes of all weights on `draft_device` that drafting for `target` reads, those shared with it included."""
+        """Bytes of all weights on `draft_device` that drafting for `target` reads, those shared with it included.
+
+        Before the first answer it says whether a draft fits into a GPU beside its cache, and what 8 bits save.
+        """
         own = sum(t.nbytes for t in (*self.parameters(), *self.buffers()))
         if not self.reads_features:
             return own

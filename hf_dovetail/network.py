@@ -111,12 +111,6 @@ class DraftNetwork(PreTrainedModel):
         """Width of what a row reads beside its token: an encoded feature, or the hidden state of the row before."""
         return self.config.hidden_size
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of the keys and values of one position in a draft that reads features."""
-        config = self.config
-        return 2 * len(self.layers) * config.num_key_value_heads * config.head_dim * self.dtype.itemsize
-
     def train(self, mode: bool = True) -> DraftNetwork:
         """As for any module.
 

@@ -128,7 +128,7 @@ class Plan:
         return sum(size for _, size in self.items)
 
     def of(self, *names: str) -> int:
-        """Bytes of these items."""
+        """Bytes of these items, such as `of(*WEIGHTS)`: what a device's memory grows by when a target is prepared."""
         return sum(size for name, size in self.items if name in names)
 
     def table(self) -> str:

@@ -110,7 +110,10 @@ def _unwrapped(model: nn.Module) -> PreTrainedModel:
 
 
 def plan_of(model: PreTrainedModel) -> Plan | None:
-    """The plan by which the model's layers were placed, or None."""
+    """The plan by which the model's layers were placed, or None: what `prepare_target` printed, to be read by programs.
+
+    With its `layers`, and its bytes to be held against those that the device's own statistics name.
+    """
     return _plans.get(model) if dispatch_of(model) is not None else None
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dovetail import DovetailAssistantModel
 from hf_dovetail.recipe import Recipe
-from hf_dovetail.train import continue_stream, token_stream, train_draft
+from hf_dovetail.train import Extras, continue_stream, token_stream, train_draft
 
 BLOCKS, OWN_WINDOWS = 2, 4096
 RECIPE = Recipe(
@@ -52,7 +52,7 @@ def main() -> None:
     read = torch.stack([stream[s : s + recipe.window] for s in rows])
     windows = torch.cat((written.repeat(2, 1), read))  # a third is the target's own
     draft = DovetailAssistantModel.from_target(target, num_hidden_layers=arguments.blocks)
-    train_draft(draft, target, windows, recipe, arguments.out, tokenizer)
+    train_draft(draft, target, windows, recipe, arguments.out, Extras(tokenizer))
     draft.to(torch.bfloat16).save_pretrained(arguments.out)
 
 

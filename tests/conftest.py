@@ -1,4 +1,5 @@
-"""Fixtures: tiny targets (made once per session), drafts for them, and the real models beside the repository."""
+"""Fixtures: tiny targets (made once per session), drafts for them, the demo's target and text to train on, and the real
+models beside the repository."""
 
 from __future__ import annotations
 
@@ -10,11 +11,13 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from training import load_target, load_tokenizer, python_windows
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from two_devices import Accelerator
 
 import hf_dovetail
 from hf_dovetail import DovetailAssistantModel, TreeShape
+from hf_dovetail.train import Windows
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT.parent / "shared" / "models"
@@ -37,6 +40,14 @@ def _no_accelerator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 def _strict(monkeypatch: pytest.MonkeyPatch) -> None:
     """A draft that fails would go unnoticed otherwise: the answers stay the same."""
     monkeypatch.setattr(DovetailAssistantModel, "strict", True)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the package keeps what it measured, in the test's own folder and not in the user's."""
+    monkeypatch.delenv("HF_HOME", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "hf_dovetail"
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +78,24 @@ def untrained(llama: PreTrainedModel) -> DovetailAssistantModel:
 def ids() -> Tensor:
     """A prompt for the tiny models."""
     return tiny.prompt()
+
+
+@pytest.fixture(scope="module")
+def target() -> PreTrainedModel:
+    """The demo's target, for which drafts are trained."""
+    return load_target()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """Its tokenizer."""
+    return load_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def windows() -> Windows:
+    """Text to train on."""
+    return python_windows()
 
 
 def _real(name: str) -> Path:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from test_streaming import RecordingStreamer
+from machines import at_these_costs
+from observers import RecordingStreamer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
 from hf_dovetail import plugin as plugin_module
 from hf_dovetail.controller import PROBE, AutoController
-from hf_dovetail.costs import Costs
 from hf_dovetail.curves import ROW_POINTS, CostCurves
 from hf_dovetail.decode import Round
 from hf_dovetail.demo import demo_prompts, load_pair
@@ -27,14 +26,9 @@ from hf_dovetail.experience import LARGEST, Experience
 from hf_dovetail.learned import learned_of
 from hf_dovetail.lookup import Lookup
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 FREE = CostCurves(ROW_POINTS, (0,), (tuple([10.0] * 7),), 0.1, 0.001, 0.05)
 USUAL = CostCurves(ROW_POINTS, (0,), (tuple(10.0 + 0.3 * rows for rows in ROW_POINTS),), 1.0, 0.01, 0.5)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HF_HOME", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +36,6 @@ def pair() -> tuple[PreTrainedModel, DovetailAssistantModel, PreTrainedTokenizer
     target, draft, tokenizer = load_pair()
     draft.draft_device = "cpu"
     return target, draft, tokenizer
-
-
-def at_these_costs(
-    monkeypatch: pytest.MonkeyPatch, curves: CostCurves, experience: Experience, on_host: bool = True
-) -> None:
-    """Let curves take the place of clocks."""
-    costs = Costs(curves, learns=False)
-
-    def controller(*arguments: Any) -> tuple[None, AutoController]:
-        return None, AutoController(costs, experience, on_host, clock=lambda: 0.0)
-
-    monkeypatch.setattr(plugin_module, "_controller", controller)
 
 
 def test_auto_is_the_default_and_other_words_are_refused(llama: PreTrainedModel) -> None:

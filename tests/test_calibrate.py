@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_isolation import snapshot
+from observers import snapshot
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,11 +26,9 @@ CURVES = CostCurves(ROW_POINTS, (64, 512), (tuple([1.0] * 7), tuple([2.0] * 7)),
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's cache, in a folder of the test's own."""
-    monkeypatch.delenv("HF_HOME", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "hf_dovetail" / "curves"
+def cache(own_cache: Path) -> Path:
+    """Where curves are kept."""
+    return own_cache / "curves"
 
 
 @pytest.fixture

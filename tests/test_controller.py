@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from machines import MACHINES, ROWS, machine
+from texts import humaneval_prompts
 
 from hf_dovetail import TreeShape
 from hf_dovetail.accept import Accepted
 from hf_dovetail.acceptance import Acceptance, corrected
 from hf_dovetail.controller import PROBE, AutoController, Found
 from hf_dovetail.costs import WINDOW, Costs, Estimate
-from hf_dovetail.curves import MAX_ROWS, ROW_POINTS, CostCurves
+from hf_dovetail.curves import ROW_POINTS, CostCurves
 from hf_dovetail.decode import Round
 from hf_dovetail.demo import load_pair
 from hf_dovetail.experience import LARGEST, Experience
 from hf_dovetail.tree import DraftTree
 from hf_dovetail.worth import gains_of, nodes_of, sums_of
-
-ROWS = tuple(range(1, MAX_ROWS + 1))
-MACHINES: dict[str, Callable[[int], float]] = {
-    "flat": lambda rows: 10.0,
-    "memory-bound": lambda rows: 10.0 + 0.15 * (rows - 1),
-    "linear": lambda rows: 10.0 + 1.0 * (rows - 1),
-    "steps": lambda rows: 10.0 if rows <= 4 else 15.0 if rows <= 16 else 25.0,
-    "every row costs a pass": lambda rows: 10.0 * rows,
-}
-DRAFTS = {"fast": (0.15, 0.1), "medium": (0.8, 0.5), "slow": (3.0, 2.0)}
-
-
-def machine(name: str, draft: str) -> CostCurves:
-    first_ms, level_ms = DRAFTS[draft]
-    return CostCurves(ROWS, (0,), (tuple(MACHINES[name](rows) for rows in ROWS),), first_ms, 0.01, level_ms)
 
 
 @dataclass(frozen=True)
@@ -75,8 +60,7 @@ def records() -> dict[str, list[Recorded]]:
     """Rounds of real text: greedy ones, in which the draft is good, and sampled ones, in which it is not."""
     target, draft, tokenizer = load_pair()
     draft.draft_device, draft.tree = "cpu", TreeShape(nodes=150, depth=10, top_k=10)
-    lines = (Path(__file__).parent / "data" / "humaneval_prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    prompts, records = [json.loads(line)["prompt"] for line in lines][5::20], {}
+    prompts, records = humaneval_prompts()[5::20], {}
     for kind in ("greedy", "sampled"):
         rounds: list[Round] = []
         draft.watch = rounds.append

@@ -8,77 +8,15 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_modeling import randomised
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
+from trees import eagle_2, features_of, from_scratch, paths
 
-from hf_dovetail import DovetailAssistantModel, TreeShape
+from hf_dovetail import TreeShape
 from hf_dovetail.draft import DraftSession
 from hf_dovetail.plugin.sampling import SHARPEST, sharpness_of
 from hf_dovetail.recast import RecastLM
 from hf_dovetail.tree import DraftTree
-
-Continuations = Callable[[tuple[int, ...]], Tensor]
-"""The draft's log-probabilities (V,) of what follows a path below the root."""
-
-
-def made(kind: str, family: str, blocks: int = 1) -> tuple[PreTrainedModel, DovetailAssistantModel]:
-    """A target and a draft whose every weight is random."""
-    target = tiny.build(family)
-    if kind == "lm":
-        draft = tiny.draft_for(target, "noisy")
-    else:
-        draft = randomised(DovetailAssistantModel.from_target(target, num_hidden_layers=blocks))
-    return target, tiny.met(draft, target)
-
-
-@torch.no_grad()
-def features_of(target: PreTrainedModel, ids: Tensor) -> Tensor:
-    return target(ids, output_hidden_states=True).hidden_states[-1]
-
-
-def from_scratch(
-    draft: DovetailAssistantModel, known: Tensor, features: Tensor, sharpness: float = 1.0
-) -> Continuations:
-    """`known` (1, n) ends with the root; `features` (1, n - 1, h) are the target's, of the tokens before it."""
-
-    @torch.no_grad()
-    def continuations(path: tuple[int, ...]) -> Tensor:
-        tokens = torch.cat((known, torch.tensor([path], dtype=torch.long)), dim=1)
-        if not draft.reads_features:
-            return (sharpness * draft.lm(tokens).logits[0, -1]).log_softmax(-1)
-        own = features
-        for length in range(known.shape[1], tokens.shape[1] + 1):  # one more row of the draft's own in each turn
-            hidden = draft(tokens[:, 1:length], own)
-            own = torch.cat((features, hidden[:, features.shape[1] - 1 :]), dim=1)
-        return (sharpness * draft.logits(hidden)[0, -1]).log_softmax(-1)
-
-    return continuations
-
-
-def eagle_2(continuations: Continuations, shape: TreeShape) -> dict[tuple[int, ...], float]:
-    """EAGLE-2's expansion and re-ranking, written with paths and dictionaries: path -> log-probability."""
-
-    def children(path: tuple[int, ...], score: float) -> dict[tuple[int, ...], float]:
-        best = continuations(path).topk(min(shape.top_k, tiny.VOCAB))
-        return {(*path, int(t)): score + float(v) for v, t in zip(best.values, best.indices, strict=True)}
-
-    found = frontier = children((), 0.0)
-    for _ in range(shape.depth):
-        level: dict[tuple[int, ...], float] = {}
-        for path, score in frontier.items():
-            level |= children(path, score)
-        found = found | level
-        frontier = dict(sorted(level.items(), key=lambda item: -item[1])[: shape.top_k])
-    return dict(sorted(found.items(), key=lambda item: -item[1])[: shape.nodes])
-
-
-def paths(tree: DraftTree) -> dict[tuple[int, ...], float]:
-    """Path of tokens below the root -> log-probability, of every node."""
-    return {
-        tuple(tree.tokens[0, tree.path(node)[1:]].tolist()): float(tree.log_probs[0, node])
-        for node in range(1, tree.num_nodes + 1)
-    }
 
 
 @pytest.mark.parametrize(
@@ -89,7 +27,7 @@ def paths(tree: DraftTree) -> dict[tuple[int, ...], float]:
 )
 def test_a_grown_tree_is_eagle_2s(kind: str, family: str, shape: TreeShape) -> None:
     """Guards the vectorised expansion: masks, positions, features and parents of every level; in two rounds."""
-    target, draft = made(kind, family, blocks=2)
+    target, draft = tiny.random_pair(kind, family, blocks=2)
     ids = tiny.prompt(15)
     features = features_of(target, ids)
     session = DraftSession(draft)
@@ -113,7 +51,7 @@ def test_a_grown_tree_is_eagle_2s(kind: str, family: str, shape: TreeShape) -> N
 )
 def test_incremental_rows_are_those_of_one_full_pass(kind: str, family: str, blocks: int) -> None:
     """Guards the draft's cache: rows committed in turns, with trees grown and forgotten in between."""
-    target, draft = made(kind, family, blocks)
+    target, draft = tiny.random_pair(kind, family, blocks)
     ids = tiny.prompt(30)
     features = features_of(target, ids)
     session = DraftSession(draft, capacity=3)
@@ -138,7 +76,7 @@ def test_incremental_rows_are_those_of_one_full_pass(kind: str, family: str, blo
 @torch.no_grad()
 def test_a_session_that_starts_in_the_middle_counts_positions_from_there() -> None:
     """Guards continued conversations: the first row of the draft stands at the first new position."""
-    target, draft = made("dgf", "llama")
+    target, draft = tiny.random_pair("dgf", "llama")
     ids = tiny.prompt(20)
     features = features_of(target, ids)
     session = DraftSession(draft)
@@ -153,7 +91,7 @@ def test_a_session_that_starts_in_the_middle_counts_positions_from_there() -> No
 
 def test_growing_happens_on_the_device_in_one_packed_tensor(monkeypatch: Any) -> None:
     """Guards the one copy per round: on an accelerator no tensor is read by the host while a tree grows."""
-    target, draft = made("dgf", "llama")
+    target, draft = tiny.random_pair("dgf", "llama")
     ids = tiny.prompt(9)
     session, pruning = DraftSession(draft, on_host=False), DraftSession(draft)
     for each in (session, pruning):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from test_draft import made
-from test_levels import COMMITS, Answer, assert_same, replaying
+from sessions import COMMITS, Answer, assert_same, made, replaying
+from texts import humaneval_prompts
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -19,8 +17,6 @@ from hf_dovetail.demo import load_pair
 from hf_dovetail.draft import DraftSession
 from hf_dovetail.draws import Choice, SharedDraws
 from hf_dovetail.plugin.sampling import draws_of
-
-PROMPTS = Path(__file__).parent / "data" / "humaneval_prompts.jsonl"
 
 
 @pytest.mark.parametrize("size", [7, 101, 4096, 151_936])
@@ -90,13 +86,12 @@ def test_the_pair_is_accepted_far_more_often(monkeypatch: pytest.MonkeyPatch) ->
     """Real prompts at temperature 1: 3.1 tokens per round with the target's draws, 2.2 with draws unknown."""
     target, draft, tokenizer = load_pair()
     draft.draft_device, draft.tree, rates = "cpu", TreeShape(), []
-    lines = PROMPTS.read_text(encoding="utf-8").splitlines()
     for known in (True, False):
         if not known:
             monkeypatch.setattr(plugin, "draws_of", lambda *_: None)
         tokens = rounds = 0
-        for seed, line in enumerate(lines[::16]):
-            inputs = tokenizer(json.loads(line)["prompt"], return_tensors="pt")
+        for seed, prompt in enumerate(humaneval_prompts()[::16]):
+            inputs = tokenizer(prompt, return_tensors="pt")
             answers = []
             for assistant in ({"assistant_model": draft}, {}):
                 torch.manual_seed(seed)
@@ -111,7 +106,6 @@ def test_the_pair_is_accepted_far_more_often(monkeypatch: pytest.MonkeyPatch) ->
 def test_host_and_device_guess_alike(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards graphs: the noise of this round, not of the captured one; other warpers are another kind of round."""
     target, draft = made(kind, "llama", 1)
-    target, draft = target.double(), tiny.met(draft.double(), target)
     answer, shapes = Answer(target, draft), [TreeShape(12, 4, 4)] * len(COMMITS)
     if kind == "lm":
         answer.features = None

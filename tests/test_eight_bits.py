@@ -178,12 +178,10 @@ def test_copies_draft_alike(ids: Tensor, llama: PreTrainedModel, tmp_path: Path)
 
 
 def test_it_drafts_on_another_device(
-    ids: Tensor, llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ids: Tensor, llama: PreTrainedModel, tmp_path: Path, accelerator: Accelerator
 ) -> None:
     """Guards the integer product there (no fallback) and what is copied: 8-bit values, never whole weights."""
     tiny.draft_for(llama, "untrained").save_pretrained(tmp_path)
-    accelerator = Accelerator()
-    accelerator.install(monkeypatch)
     draft = DovetailAssistantModel.from_pretrained(tmp_path, weight_bits=8)
     draft.draft_device = str(DEVICE)
     with accelerator:
@@ -216,7 +214,7 @@ def test_a_7_b_targets_draft_of_5_blocks_fits_into_2_gib(tied: bool, expected: t
         draft = DovetailAssistantModel.from_target(target, num_hidden_layers=5).to(torch.bfloat16)
         draft.draft_device = "meta"
         cache = draft.new_rows(4096 + tree_rows(TreeShape()))
-        assert cache.states.nbytes == draft.row_bytes * cache.capacity
+        assert cache.states.nbytes == 5 * 2 * 4096 * 2 * cache.capacity  # a key and a value a block, in bfloat16
         for bits in (None, 8):
             if bits:
                 draft._quantise(bits, "this draft")

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from trees import PARENTS, tree_mask
 
 from hf_dovetail import DovetailAssistantModel, TreeShape, prepare_target, restore_target
 from hf_dovetail.demo import load_pair
@@ -29,8 +30,6 @@ SIZES = (
     (3, 9, 3, 17, 129, 80),
     (1, 2, 2, 33, 40, 8),
 )
-PARENTS = (-1, 0, 0, 1, 1, 3, 2, 5, 5, 6, 8, 10, *range(7, 31), *range(33, 37))
-"""Of 40 rows: more than the kernel looks at together, and paths that leave most of them out."""
 
 
 def states(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,27 +102,13 @@ def test_a_row_that_sees_nothing_is_zero_and_spoils_no_other(dtype: torch.dtype)
     assert torch.equal(attend(*given, added), found)
 
 
-def tree_of(context: int, skipped: int) -> tuple[Tensor, list[list[int]]]:
-    """(1, 1, T, context + T) mask of a tree whose rows do not see the first `skipped` keys, and what each row sees."""
-    rows = len(PARENTS)
-    allowed, seen = torch.zeros(1, 1, rows, context + rows, dtype=torch.bool), []
-    for row in range(rows):
-        path, node = [], row
-        while node >= 0:
-            path.append(context + node)
-            node = PARENTS[node]
-        seen.append([*range(skipped, context), *reversed(path)])
-        allowed[0, 0, row, seen[-1]] = True
-    return allowed, seen
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("context", [3, 100, 1003, 4000])
 @pytest.mark.parametrize("skipped", [0, 2], ids=["all", "padded"])
 def test_a_row_has_the_bits_that_it_would_have_alone(dtype: torch.dtype, context: int, skipped: int) -> None:
     rows = len(PARENTS)
     query, key, value = states((1, 8, 2, rows, context + rows, 64), dtype)
-    allowed, seen = tree_of(context, skipped)
+    allowed, seen = tree_mask(context, skipped)
     together, differs = attend(query, key, value, allowed), 0
     others = grouped_attention(query, key, value, allowed, 0.2)
     for row, keys in enumerate(seen):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_streaming import RecordingStreamer
+from observers import RecordingStreamer
 from torch import Tensor
 from transformers import PreTrainedModel
 

@@ -11,9 +11,9 @@ import tiny
 import torch
 from published import CASES, DRAFT_VOCAB, HIDDEN, VICUNA, VOCAB, Case, Reference
 from safetensors.torch import load_file, save_file
-from test_draft import eagle_2, paths
 from torch import Tensor
 from transformers import PreTrainedModel
+from trees import eagle_2, paths
 
 from hf_dovetail import DovetailAssistantModel, DovetailCandidateGenerator, TreeShape, prepare_target, register
 from hf_dovetail.calibrate import calibrate

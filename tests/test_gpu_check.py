@@ -68,10 +68,8 @@ def test_acceptance_is_what_it_is_said_to_be(rate: float, tokens: float) -> None
     assert draft.last_stats.tokens_per_round == pytest.approx(tokens)
 
 
-def test_budgets_on_a_simulated_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_budgets_on_a_simulated_device(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the steps that only run where there is an accelerator."""
-    accelerator = Accelerator()
-    accelerator.install(monkeypatch)
     accelerator.waits = True
     monkeypatch.setattr("hf_dovetail.prepare.head_times_ms", lambda *_: (2.0, 1.0))
     with accelerator:

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import json
 import pickle
 import threading
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from texts import humaneval_prompts
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_dovetail import TreeShape, prepare_target, restore_target
@@ -44,11 +44,6 @@ def siblings(new_matrix: Matrix = int8.Int8Matrix, count: int = 3) -> list[quant
     matrix = new_matrix()
     weights = torch.randn(count, 24, 16, generator=torch.Generator().manual_seed(1))
     return [quantised.QuantisedKernel(f"weight{index}", weight, matrix) for index, weight in enumerate(weights)]
-
-
-def prompts(count: int) -> list[str]:
-    lines = (Path(__file__).parent / "data" / "humaneval_prompts.jsonl").read_text().splitlines()
-    return [json.loads(line)["prompt"] for line in lines[:count]]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -164,7 +159,7 @@ def test_dovetail_gives_plain_decodings_text(dtype: torch.dtype, engine: str) ->
     assert engine_of(target) == engine
     assert not torch.equal(target(**tokenizer("def f(", return_tensors="pt")).logits, before)
     draft.tree = TreeShape()
-    for prompt in prompts(6):
+    for prompt in humaneval_prompts()[:6]:
         inputs = tokenizer(prompt, return_tensors="pt")
         plain = target.generate(**inputs, max_new_tokens=40, do_sample=False)
         assert torch.equal(plain, target.generate(**inputs, max_new_tokens=40, do_sample=False))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from observers import snapshot
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
@@ -20,24 +21,6 @@ import hf_dovetail
 from hf_dovetail import DovetailAssistantModel
 
 ROOT = Path(hf_dovetail.__file__).resolve().parent.parent
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs", "_state_dict_hooks")
-
-
-def snapshot(model: PreTrainedModel) -> dict[str, Any]:
-    """What a call could leave behind in a model, but for a draft's `last_stats` and its shared weights."""
-    return {
-        "config": copy.deepcopy(model.config.to_dict()),
-        "config attributes": sorted(vars(model.config)),
-        "generation": copy.deepcopy(model.generation_config.to_dict()) if hasattr(model, "generation_config") else None,
-        "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
-        "hooks": {
-            (name, kind): dict(getattr(module, kind)) for name, module in model.named_modules() for kind in HOOKS
-        },
-        "training": {name: module.training for name, module in model.named_modules()},
-        "weights": {name: (p.data_ptr(), p.requires_grad, p._version) for name, p in model.named_parameters()},
-        "threads": torch.get_num_threads(),
-        "grad": torch.is_grad_enabled(),
-    }
 
 
 class Bomb:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_exact import tree_of
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 from transformers.activations import ACT2FN
@@ -22,6 +21,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.nemotron import modeling_nemotron
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.utils import output_capturing
+from trees import tree_mask
 
 from hf_dovetail import prepare_target, restore_target
 from hf_dovetail.cache import GrowingCache
@@ -120,7 +120,7 @@ def passes(model: PreTrainedModel) -> list[Tensor]:
         run(tiny.prompt(1, seed=4), past_key_values=cache)
     cache = GrowingCache(model.config.num_hidden_layers, 40)
     run(tiny.prompt(5), past_key_values=cache)
-    tree, _ = tree_of(5, 0)
+    tree, _ = tree_mask(5, 0)
     positions = 5 + tree[:, 0, :, 5:].sum(-1) - 1
     run(tiny.prompt(tree.shape[2]), past_key_values=cache, attention_mask=tree, position_ids=positions)
     two, mask = torch.cat((tiny.prompt(16), tiny.prompt(16, seed=5))), torch.ones(2, 17, dtype=torch.long)

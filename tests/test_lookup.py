@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from test_auto import at_these_costs
-from test_controller import machine
+from machines import at_these_costs, machine
 from torch import Tensor
 
 from hf_dovetail import TreeShape
@@ -22,10 +20,7 @@ from hf_dovetail.experience import LARGEST, Experience
 from hf_dovetail.lookup import CLASSES, SAYS, Lookup, match_class
 from hf_dovetail.tree import DraftTree
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def by_search(tokens: list[int], most: int) -> tuple[list[int], int]:

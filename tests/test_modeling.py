@@ -19,15 +19,6 @@ from hf_dovetail import DovetailAssistantModel, DovetailConfig
 from hf_dovetail.blocks import DynamicGatingFusion
 
 
-def randomised(draft: DovetailAssistantModel, seed: int = 4) -> DovetailAssistantModel:
-    """Every weight random: start values (identity, zero gate) would hide swapped terms."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in draft.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return draft
-
-
 def rows(count: int = 7) -> tuple[Tensor, Tensor]:
     """Tokens t+1 and features of tokens t."""
     return tiny.prompt(count), torch.randn(1, count, 32, generator=torch.Generator().manual_seed(6))
@@ -53,7 +44,7 @@ def test_fusion_is_the_formula_of_the_paper() -> None:
 def test_the_blocks_are_llamas_without_the_first_norm_and_the_last() -> None:
     """Guards the architecture: block 0 takes the fusion's output as it is, and no norm stands before the LM head."""
     target = tiny.build("llama")
-    draft = tiny.met(randomised(DovetailAssistantModel.from_target(target, num_hidden_layers=2)), target)
+    draft = tiny.met(tiny.randomised(DovetailAssistantModel.from_target(target, num_hidden_layers=2)), target)
     tokens, features = rows()
     hidden = draft.fusion(target.model.embed_tokens(tokens), features)
     positions = torch.arange(7).unsqueeze(0)
@@ -135,7 +126,7 @@ def test_a_saved_draft_is_the_same_draft(
     """Guards save and load, bit by bit, and the Auto classes; nothing of how to run is stored."""
     draft = tiny.draft_for(llama, kind)
     if kind == "untrained":
-        randomised(draft)
+        tiny.randomised(draft)
     expected = first_logits(draft, llama)
     draft.save_pretrained(tmp_path)
     loader = DovetailAssistantModel if through == "class" else AutoModelForCausalLM

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
+from texts import humaneval_prompts
 
 from hf_dovetail import DovetailAssistantModel, GenerationStats, TreeShape
 from hf_dovetail.demo import demo_prompts, load_pair, pair_path
 
-PROMPTS = Path(__file__).parent / "data" / "humaneval_prompts.jsonl"
-
 
 def held_out(every: int) -> list[str]:
     """Every so-many-th problem of HumanEval."""
-    return [json.loads(line)["prompt"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()][::every]
+    return humaneval_prompts()[::every]
 
 
 def tokens_per_round(stats: list[GenerationStats]) -> float:

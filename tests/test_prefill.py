@@ -37,12 +37,10 @@ needs_onednn = pytest.mark.skipif(onednn.why_not(tiny.build("llama")) is not Non
 
 
 @pytest.fixture
-def accelerator(monkeypatch: pytest.MonkeyPatch) -> Accelerator:
+def accelerator(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> Accelerator:
     """The simulated device, on which passes of `LEAST` rows are streamed; it is there inside `crossed` only."""
-    simulated = Accelerator()
-    simulated.install(monkeypatch)
     monkeypatch.setattr(prefill, "measured_threshold", lambda *_: (LEAST, None))
-    return simulated
+    return accelerator
 
 
 def streamed(model: PreTrainedModel, engine: str = "auto") -> PreTrainedModel:
@@ -451,16 +449,15 @@ def test_a_target_that_left_the_cpu_after_it_was_prepared_is_not_streamed(accele
 
 
 def test_the_threshold_is_measured_once_and_kept(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, own_cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whatever this machine's clocks say at first; then the file decides, in this process and in the next."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
     simulated = Accelerator()
     simulated.install(monkeypatch)
     model, caplog_level = tiny.build("llama"), caplog.at_level(logging.INFO, "hf_dovetail")
     with simulated, caplog_level:
         prepare_target(model)
-        (path,) = (tmp_path / "hf_dovetail" / "prefill").iterdir()
+        (path,) = (own_cache / "prefill").iterdir()
         kept = json.loads(path.read_text())
         assert kept["times"]["upload_ms"] > 0
         monkeypatch.setattr(measure, "measure", lambda *_: pytest.fail("measured again"))
@@ -478,11 +475,7 @@ def test_the_threshold_is_measured_once_and_kept(
             assert set(vars(layer)) - set(vars(decoder_layers(tiny.build("llama").get_decoder())[0])) == {"forward"}
 
 
-def test_a_device_that_computes_something_else_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, accelerator: Accelerator
-) -> None:
-    monkeypatch.undo()
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
+def test_a_device_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
     simulated = Accelerator()
     simulated.install(monkeypatch)
     arrived = passes.arrived
@@ -497,7 +490,7 @@ def test_a_device_that_computes_something_else_is_refused(
     with simulated:
         assert "differs" in prefill.install(model, "eager")
     assert streaming_of(model.get_decoder()) is None
-    assert not (tmp_path / "hf_dovetail" / "prefill").exists()
+    assert not (own_cache / "prefill").exists()
 
 
 @needs_onednn

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
 from hf_dovetail.recipe import Recipe
-from hf_dovetail.train import token_stream, train_draft
+from hf_dovetail.train import Extras, token_stream, train_draft
 
 SHARED = Path(__file__).parents[2] / "shared"
 pytestmark = pytest.mark.skipif(not SHARED.exists(), reason="../shared (models and prompts of others) is not here")
@@ -35,7 +35,7 @@ def test_a_briefly_trained_draft_is_lossless_and_accepted(name: str, tmp_path: P
     torch.manual_seed(0)
     draft, random = (DovetailAssistantModel.from_target(target) for _ in range(2))
     recipe = Recipe(steps=40, batch=8, window=64, learning_rate=3e-3, warmup=5, distribution_weight=1.0)
-    train_draft(draft, target, windows, recipe, tmp_path, tokenizer)
+    train_draft(draft, target, windows, recipe, tmp_path, Extras(tokenizer))
     draft.tree = random.tree = TreeShape()  # automatic ones follow the clock, and look up what is copied
     kept = dict.fromkeys(("trained", "random"), 0)
     for seed, prompt in enumerate(prompts()):

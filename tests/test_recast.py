@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_levels import COMMITS, Answer, assert_same, replaying
+from sessions import COMMITS, Answer, assert_same, replaying
 from torch import nn
 from transformers import PreTrainedModel
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from observers import RecordingStreamer
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -18,24 +19,10 @@ from transformers import (
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
-from transformers.generation.streamers import BaseStreamer
 
 from hf_dovetail import DovetailAssistantModel
 
 FAMILIES = ["llama", "mistral", "gemma2", "gpt2"]
-
-
-class RecordingStreamer(BaseStreamer):
-    """Notes every call."""
-
-    def __init__(self) -> None:
-        self.calls: list[Any] = []
-
-    def put(self, value: Tensor) -> None:
-        self.calls.append((tuple(value.shape), value.device.type, value.tolist()))
-
-    def end(self) -> None:
-        self.calls.append("end")
 
 
 @pytest.mark.parametrize("sample", [False, True])

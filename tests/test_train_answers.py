@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import ROOT, python_texts
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from texts import humaneval_prompts
+from training import ROOT, load_tokenizer
+from transformers import AutoTokenizer
 
 from hf_dovetail import DovetailAssistantModel
 from hf_dovetail.cli import main
@@ -39,13 +40,8 @@ RECORDS = [
 
 
 @pytest.fixture(scope="module")
-def target():
-    return AutoModelForCausalLM.from_pretrained(pair_path("target"), dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
 def tokenizer():
-    loaded = AutoTokenizer.from_pretrained(pair_path("target"))
+    loaded = load_tokenizer()
     loaded.chat_template = TEMPLATE
     return loaded
 
@@ -144,7 +140,7 @@ def test_no_records_are_refused(target, tokenizer, tmp_path: Path) -> None:
 
 def data(folder: Path) -> Path:
     path = folder / "data.jsonl"
-    source = "\n".join(python_texts())
+    source = "\n".join(humaneval_prompts())
     lines = [json.dumps({"text": source[i : i + 900]}) for i in range(0, 5400, 900)]
     path.write_text("\n".join([*lines[:3], "not json", *lines[3:]]) + "\n")
     return path

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from training import ROOT, load_target, new_draft
 from transformers import AutoModelForCausalLM
 
 from hf_dovetail import DovetailAssistantModel, DovetailConfig
@@ -21,13 +22,7 @@ from hf_dovetail.demo import pair_path
 from hf_dovetail.recipe import Recipe
 from hf_dovetail.train import LiveFeatures, StoredFeatures, Windows, capture, capture_features, train_draft
 
-ROOT = Path(__file__).resolve().parent.parent
 RECIPE = Recipe(steps=4, batch=4, window=32, learning_rate=3e-3, warmup=1, distribution_weight=1.0, unroll=2)
-
-
-@pytest.fixture(scope="module")
-def target():
-    return AutoModelForCausalLM.from_pretrained(pair_path("target"), dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +44,6 @@ def captured_layers(target, windows, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("layers")
     capture_features(target, windows, folder, shard_windows=5, batch=2, layers=[2, 4, 5])
     return folder
-
-
-def new_draft(target, fusion: str = "dgf") -> DovetailAssistantModel:
-    torch.manual_seed(0)
-    draft = DovetailAssistantModel.from_target(target, fusion=fusion).float()
-    draft.draft_device = "cpu"
-    return draft
 
 
 @pytest.mark.parametrize("fusion", ["dgf", "eagle3"])
@@ -183,7 +171,7 @@ def test_a_killed_capture_makes_only_what_is_missing(target, windows, captured_l
 
 
 def test_another_target_or_text_is_refused(target, windows, captured: Path) -> None:
-    other = AutoModelForCausalLM.from_pretrained(pair_path("target"), dtype=torch.float32)
+    other = load_target()
     with torch.no_grad():
         other.model.layers[3].mlp.up_proj.weight[0, 0] += 1
     with pytest.raises(ValueError, match="belongs to another run: its target is"):

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from training import load_tokenizer
 
-from hf_dovetail.demo import pair_path
 from hf_dovetail.train import Skipped, Windows, hold_out, load_windows, pack, read_records
 from hf_dovetail.train.losses import row_weights
 from hf_dovetail.train.records import Record
@@ -33,7 +32,7 @@ CHAT = (
 
 @pytest.fixture
 def tokenizer():
-    loaded = AutoTokenizer.from_pretrained(pair_path("target"))
+    loaded = load_tokenizer()
     loaded.chat_template = TEMPLATE
     return loaded
 

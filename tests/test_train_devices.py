@@ -22,15 +22,13 @@ SHORT = Recipe(steps=3, batch=4, window=16, unroll=2, noise=0.1)
 
 
 @pytest.fixture
-def accelerator(monkeypatch: pytest.MonkeyPatch) -> Accelerator:
+def accelerator(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> Accelerator:
     """The simulated device, with what of torch makes no tensors by way of its dispatcher: generators, `tensor`."""
-    simulated = Accelerator()
-    simulated.install(monkeypatch)
     generator, tensor = torch.Generator, torch.tensor
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())
     there = lambda data, device=None, **options: tensor(data, **options).to(device)  # noqa: E731
     monkeypatch.setattr(torch, "tensor", there)
-    return simulated
+    return accelerator
 
 
 def trained(fusion: str, device: torch.device | str, copies: list) -> tuple[list[float], DovetailAssistantModel]:

@@ -14,26 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import RECIPE, ROOT, Interrupting, load_target, losses, metrics, new_draft, python_windows, weights
-from transformers import AutoTokenizer, PreTrainedModel
+from training import RECIPE, ROOT, Interrupting, losses, metrics, new_draft, weights
 
 from hf_dovetail import DovetailAssistantModel
 from hf_dovetail.demo import pair_path
 from hf_dovetail.recipe import PAPER, Recipe, default_recipe
-from hf_dovetail.train import Extras, Windows, hold_out, train_draft, validate
+from hf_dovetail.train import Extras, hold_out, train_draft, validate
 from hf_dovetail.train.checkpoints import Progress
 from hf_dovetail.train.losses import distribution_distances
 from hf_dovetail.train.tracking import CsvTracker
-
-
-@pytest.fixture(scope="module")
-def target() -> PreTrainedModel:
-    return load_target()
-
-
-@pytest.fixture(scope="module")
-def windows() -> Windows:
-    return python_windows()
 
 
 def test_a_step_in_parts_is_the_same_step(target, windows, tmp_path: Path) -> None:
@@ -272,8 +261,7 @@ def test_tensorboard_is_written_or_its_absence_said(target, windows, tmp_path: P
     assert list((tmp_path / "training").glob("events.out.tfevents.*"))
 
 
-def test_the_finished_folder_is_complete(target, windows, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(pair_path("target"))
+def test_the_finished_folder_is_complete(target, tokenizer, windows, tmp_path: Path) -> None:
     extras = Extras(tokenizer, data=["target.py"])
     train_draft(new_draft(target), target, windows, replace(RECIPE, steps=2), tmp_path, extras=extras)
     names = {path.name for path in tmp_path.iterdir()}

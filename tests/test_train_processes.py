@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.utils import compare_versions
-from training import RECIPE, ROOT, Interrupting, load_target, losses, metrics, new_draft, python_windows, weights
+from training import RECIPE, ROOT, Interrupting, losses, metrics, new_draft, weights
 from transformers import PreTrainedModel
 
 from hf_dovetail import DovetailAssistantModel
@@ -115,16 +115,6 @@ def launch(script: str, windows: Windows, folder: Path, kind: str = "--multi_gpu
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-6000:]
-
-
-@pytest.fixture(scope="module")
-def target() -> PreTrainedModel:
-    return load_target()
-
-
-@pytest.fixture(scope="module")
-def windows() -> Windows:
-    return python_windows()
 
 
 @pytest.fixture(scope="module")

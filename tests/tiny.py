@@ -146,6 +146,25 @@ def draft_for(target: PreTrainedModel, kind: str) -> DovetailAssistantModel:
     return _placed(DovetailAssistantModel.from_causal_lm(target if kind == "accepting" else perturbed(target, 0.15)))
 
 
+def randomised(draft: DovetailAssistantModel, seed: int = 4) -> DovetailAssistantModel:
+    """Every weight random: start values (identity, zero gate) would hide swapped terms."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return draft
+
+
+def random_pair(kind: str, family: str, blocks: int = 1) -> tuple[PreTrainedModel, DovetailAssistantModel]:
+    """A target and a draft whose every weight is random."""
+    target = build(family)
+    if kind == "lm":
+        draft = draft_for(target, "noisy")
+    else:
+        draft = randomised(DovetailAssistantModel.from_target(target, num_hidden_layers=blocks))
+    return target, met(draft, target)
+
+
 def met(draft: DovetailAssistantModel, target: PreTrainedModel) -> DovetailAssistantModel:
     """The draft, ready on the CPU for `target`."""
     draft.draft_device = "cpu"

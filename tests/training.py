@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from texts import humaneval_prompts
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_dovetail import DovetailAssistantModel
 from hf_dovetail.demo import pair_path
 from hf_dovetail.recipe import Recipe
-from hf_dovetail.train import Windows, pack
+from hf_dovetail.train import Windows, pack, token_stream
 from hf_dovetail.train.records import Record
 from hf_dovetail.train.text import encode
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPTS = ROOT / "tests" / "data" / "humaneval_prompts.jsonl"
 RECIPE = Recipe(
     steps=8,
     batch=4,
@@ -36,21 +36,26 @@ def load_target() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(pair_path("target"), dtype=torch.float32).eval()
 
 
-def python_texts() -> list[str]:
-    """Real Python that no change to the package changes, about 25,000 of its target's tokens."""
-    return [json.loads(line)["prompt"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
+def load_tokenizer() -> PreTrainedTokenizerBase:
+    """The demo target's."""
+    return AutoTokenizer.from_pretrained(pair_path("target"))
+
+
+def python_rows() -> Tensor:
+    """(N, 64) ids of real Python, all of which count."""
+    stream = token_stream(load_tokenizer(), humaneval_prompts())
+    return stream[: len(stream) // 64 * 64].view(-1, 64)
 
 
 def python_windows() -> Windows:
     """Real Python of which every second token counts."""
-    tokenizer = AutoTokenizer.from_pretrained(pair_path("target"))
-    all_count = pack([encode(tokenizer, Record("here", "\n".join(python_texts()[:60])))], 32)
+    all_count = pack([encode(load_tokenizer(), Record("here", "\n".join(humaneval_prompts()[:60])))], 32)
     return Windows(all_count.ids, all_count.ids % 2 == 0)
 
 
-def new_draft(target: PreTrainedModel) -> DovetailAssistantModel:
-    torch.manual_seed(0)
-    draft = DovetailAssistantModel.from_target(target)
+def new_draft(target: PreTrainedModel, fusion: str = "dgf", seed: int = 0) -> DovetailAssistantModel:
+    torch.manual_seed(seed)
+    draft = DovetailAssistantModel.from_target(target, fusion=fusion)
     draft.draft_device = "cpu"
     return draft
 
@@ -64,7 +69,7 @@ def losses(folder: Path) -> list[float]:
     return [float(row["loss"]) for row in metrics(folder)]
 
 
-def weights(draft: DovetailAssistantModel) -> torch.Tensor:
+def weights(draft: DovetailAssistantModel) -> Tensor:
     return torch.cat([p.detach().flatten() for p in draft.parameters()])
 
 

@@ -63,7 +63,10 @@ def switch_off(decoder: nn.Module, layers: Iterable[nn.Module]) -> None:
 
 
 def streaming_of(decoder: nn.Module) -> Streaming | None:
-    """How the decoder's prompts are streamed, if they are."""
+    """How the decoder's prompts are streamed, or None if they are not.
+
+    On a GPU it tells afterwards from how many tokens on prompts went through it, and whether a pass failed there.
+    """
     return _streamings.get(decoder)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -84,7 +84,6 @@ def train_draft(
     text: Tensor | Windows | Source,
     recipe: Recipe,
     out: Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
     extras: Extras | None = None,
 ) -> DovetailAssistantModel:
     """Train `draft` in place for `target`, and save it to `out`; resumes from the checkpoint in `out`, if any.
@@ -99,8 +98,7 @@ def train_draft(
             or captured features.
         recipe: how to train.
         out: folder of the checkpoint, of `metrics.csv` and of the finished draft.
-        tokenizer: the target's, saved beside the draft; short for `extras.tokenizer`.
-        extras: validation, trackers and names for the card.
+        extras: the tokenizer to save beside the draft, validation, trackers and names for the card.
 
     Raises:
         ValueError: if there is too little text for one window, windows are too long for the target, the batch does not
@@ -109,8 +107,6 @@ def train_draft(
         OSError: if the disk is full; the last checkpoint stays usable.
     """
     out, extras = Path(out), extras or Extras()
-    if tokenizer is not None:
-        extras = replace(extras, tokenizer=tokenizer)
     source = _source(target, text)
     _check(source, recipe, extras, out)
     out.mkdir(parents=True, exist_ok=True)
