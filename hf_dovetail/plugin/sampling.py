@@ -29,8 +29,8 @@ def sharpness_of(config: GenerationConfig) -> float:
     """The inverse temperature at which a draft should rank its nodes for a target that decodes like this.
 
     A target that samples at temperature T chooses from its distribution sharpened by 1 / T, and so should its draft.
-    Greedy decoding is T = 0, but a draft is never that sure of the target's choice: beyond `SHARPEST`, trees become
-    chains and lose more than they win (`benchmarks/acceptance.py --sharpness`).
+    Greedy decoding is T = 0, but a draft is never that sure of the target's choice: sharper than `SHARPEST` gained
+    nothing more, tokens per round being 4.88 at 1, 5.47 at 1.7 and 5.48 at 2.2 (`benchmarks/results/sharpness.json`).
     """
     if not config.do_sample:
         return SHARPEST
