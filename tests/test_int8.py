@@ -33,7 +33,7 @@ MATRICES = [
 ENGINES = ["int8", pytest.param("int4", marks=no_native)]
 each_matrix = pytest.mark.parametrize("matrix", MATRICES)
 each_engine = pytest.mark.parametrize("engine", ENGINES)
-Matrix = Callable[[], quantised.Matrix]
+Matrix = Callable[[], quantised.StackedMatrix]
 
 
 def kernel(weight: torch.Tensor, matrix: Matrix = int8.Int8Matrix) -> quantised.QuantisedKernel:
