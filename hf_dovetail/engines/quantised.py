@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ..packed import Kernel
 from . import onednn
 from .native import NativeInt4, NativeInt8, Packed
-from .swap import BASE_LAYER, Swap, adapter_paths
+from .swap import BASE_LAYER, DTYPES, Swap, adapter_paths, can_pack, packed_by
 
 LEVELS = 127
 """Largest quantised magnitude of activations, and of 8-bit weights."""
@@ -131,7 +131,7 @@ class QuantisedKernel:
 
     def linear(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         """(..., K) to (..., n)."""
-        if rows.dtype not in (torch.bfloat16, torch.float32) or rows.numel() == 0:
+        if rows.dtype not in DTYPES or rows.numel() == 0:
             return F.linear(rows, self.dense().to(rows.dtype), None if bias is None else bias.to(rows.dtype))
         if len(self.matrix.places) == 1:
             output = self.matrix.product(rows.reshape(-1, self.shape[1]))
@@ -239,7 +239,7 @@ def prepare(model: PreTrainedModel, new_matrix: Callable[[], StackedMatrix]) -> 
 
     def pack(name: str, weight: Tensor, is_embedding: bool) -> QuantisedKernel | onednn.OneDnnKernel | None:
         if name in kept or is_embedding or not _can_quantise(weight):
-            return onednn.pack(name, weight, is_embedding)
+            return packed_by(onednn.OneDnnKernel, weight, is_embedding)
         return QuantisedKernel(name, weight, stacks.of(name, weight))
 
     swap.pack(model, pack)
@@ -252,8 +252,7 @@ def _keeps_precision(path: str, module: nn.Module, head: nn.Module | None) -> bo
 
 
 def _can_quantise(weight: Tensor) -> bool:
-    supported = weight.dtype in (torch.bfloat16, torch.float32) and weight.device.type == "cpu" and weight.numel() > 0
-    return supported and weight.shape[1] <= _MOST_INPUTS and bool(weight.abs().amax().isfinite())
+    return can_pack(weight) and weight.shape[1] <= _MOST_INPUTS and bool(weight.abs().amax().isfinite())
 
 
 class _Stacks:
