@@ -22,6 +22,7 @@ from .swap import Swap, swap_all
 
 PACKAGE = "intel_extension_for_pytorch"
 INSTALL = 'pip install "hf_dovetail[ipex]"'
+WHY_NOT_STREAMED = "keeps its weights in a layout that only the CPU reads"
 _TORCH = "2.8"  # the only version that the last IPEX, 2.8, can be loaded into
 
 
@@ -61,6 +62,9 @@ class IpexKernel:
     def dense(self) -> Tensor:
         """The matrix (N, K), bit for bit."""
         return self._context.to_public(self._context.get_weight())
+
+    def native(self) -> None:
+        """Nothing: only IPEX reads its layout."""
 
 
 def why_not(model: PreTrainedModel) -> str | None:

@@ -26,6 +26,8 @@ from .swap import BASE_LAYER, DTYPES, Swap, adapter_paths, can_pack, packed_by
 
 LEVELS = 127
 """Largest quantised magnitude of activations, and of 8-bit weights."""
+WHY_NOT_STREAMED = "quantises activations too, which the accelerator's kernels do not compute alike"
+"""Of these engines."""
 
 _MOST_INPUTS = (2**31 - 1) // (255 * LEVELS)  # beyond it an int32 sum could overflow
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # modules of one parent with one input
