@@ -59,6 +59,7 @@ def prepare_target(
         ValueError: if it is no model of transformers; if the engine is unknown or cannot take this model; or if there
             is no accelerator, the model cannot be placed on two devices, or the budget is no size or too small, saying
             what would fit.
+        RuntimeError: if the model is prepared already, and its engine cannot give the weights back (`restore_target`).
     """
     given, model = model, _unwrapped(model)
     check_engine(engine)

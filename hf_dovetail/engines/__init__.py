@@ -89,11 +89,11 @@ def start_engine(model: PreTrainedModel, engine: str) -> None:
     """Let the layers that a model has on the CPU run on an engine, in place; `prepare.prepare_target` is for users.
 
     Raises:
-        ValueError: if the engine cannot take this model.
+        ValueError: if the engine cannot take this model, naming those that can.
     """
     reasons = {}
     for name in _candidates(engine):
-        reason = why_not(model) or ENGINES[name].why_not(model)
+        reason = _why_not(model, name)
         if reason is None:
             _prepared[model] = _Prepared(name, ENGINES[name].prepare(model), exact.switch_on(model))
             activations.switch_on(model)
@@ -102,7 +102,10 @@ def start_engine(model: PreTrainedModel, engine: str) -> None:
             break
         reasons[name] = reason
     if engine not in ("auto", "eager", engine_of(model)):
-        raise ValueError(f"engine {engine} cannot take {type(model).__name__}: {reasons[engine]}")
+        expected = ", ".join(("auto", "eager", *_fitting(model)))
+        raise ValueError(
+            f"engine {engine} cannot take {type(model).__name__}: {reasons[engine]}; expected one of {expected}"
+        )
     refused = "".join(f"; not {name}: {reason}" for name, reason in reasons.items())
     logger.info("%s runs on %s, %d threads%s", type(model).__name__, engine_of(model), chosen_threads(), refused)
     if engine != "eager" and dispatch_of(model) is None:  # layers with hooks of their own are not streamed
@@ -142,6 +145,14 @@ def why_not(model: PreTrainedModel) -> str | None:
     if devices != {"cpu"}:
         return f"its weights are on {', '.join(sorted(devices))}, not on the CPU"
     return None
+
+
+def _why_not(model: PreTrainedModel, engine: str) -> str | None:
+    return why_not(model) or ENGINES[engine].why_not(model)
+
+
+def _fitting(model: PreTrainedModel) -> list[str]:
+    return [name for name in ENGINES if _why_not(model, name) is None]
 
 
 def _candidates(engine: str) -> list[str]:

@@ -85,7 +85,7 @@ def prepare(model: PreTrainedModel) -> Swap:
     """Pack every linear weight of the model, in place; the LM head that is the embedding too stays one matrix.
 
     Raises:
-        RuntimeError: if IPEX is installed and cannot be imported.
+        ValueError: if IPEX is installed and cannot be imported.
     """
     _load_operators()
     return swap_all(model, IpexKernel)
@@ -115,13 +115,16 @@ def _load_operators() -> None:
     """Import IPEX, and leave logging as it was: it replaces the class of all later loggers and adds a root handler.
 
     Raises:
-        RuntimeError: if it cannot be imported.
+        ValueError: if it cannot be imported; it is the choice of this engine that can be changed.
     """
     with _logging_restored():
         try:
             importlib.import_module(PACKAGE)
         except (Exception, SystemExit) as error:
-            raise RuntimeError(f"Intel Extension for PyTorch cannot be imported: {error}; {INSTALL}") from error
+            raise ValueError(
+                f"Intel Extension for PyTorch is installed and cannot be imported: {error}; install it again "
+                f'({INSTALL}), or take engine="auto"'
+            ) from error
 
 
 @contextmanager

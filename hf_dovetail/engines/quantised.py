@@ -321,7 +321,10 @@ def _reread(model: PreTrainedModel, kernels: list[QuantisedKernel]) -> dict[int,
     source = model.name_or_path
     impossible = "the original of the quantised weights cannot be given back: "
     if not source:
-        raise RuntimeError(f"{impossible}the model was built in memory, not loaded from a checkpoint")
+        raise RuntimeError(
+            f"{impossible}the model was built in memory, not loaded from a checkpoint; build it again, or save it and "
+            "load it before it is prepared"
+        )
     revision = getattr(model.config, "_commit_hash", None)
     try:
         loaded = type(model).from_pretrained(source, dtype=model.dtype, local_files_only=True, revision=revision)
