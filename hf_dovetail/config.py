@@ -279,7 +279,7 @@ def _check_eagle3(config: DovetailConfig) -> None:
     if size is not None and not config.own_head:
         raise ValueError(
             f"draft_vocab_size is {size}, but the target's LM head, which ranks all {config.vocab_size} tokens, is "
-            "the draft's too (own_head)"
+            "the draft's too; set own_head=True, or leave draft_vocab_size out"
         )
 
 

@@ -38,11 +38,16 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if device.type == "cpu" or accelerator is None or device.type != accelerator.type:
         found = "no accelerator" if accelerator is None else f"a device of type {accelerator.type}"
         if device.type not in ("cpu", "meta"):
-            raise ValueError(f"draft_device is {str(device)!r}, but torch finds {found} on this machine")
+            raise ValueError(
+                f"draft_device is {str(device)!r}, but torch finds {found} on this machine; use 'auto' or 'cpu'"
+            )
         return device
-    if (device.index or 0) >= torch.accelerator.device_count():
+    count = torch.accelerator.device_count()
+    if (device.index or 0) >= count:
+        last = "" if count == 1 else f" to {device.type}:{count - 1}"
         raise ValueError(
-            f"draft_device is {str(device)!r}; this machine has {torch.accelerator.device_count()} of them"
+            f"draft_device is {str(device)!r}; this machine has {count} of them: expected auto, cpu, or "
+            f"{device.type}:0{last}"
         )
     index = torch.accelerator.current_device_index() if device.index is None else device.index
     return torch.device(device.type, index)

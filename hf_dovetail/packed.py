@@ -40,6 +40,9 @@ class Kernel(Protocol):
     def dense(self) -> Tensor:
         """The matrix (N, K) as an ordinary tensor, made anew."""
 
+    def native(self) -> Any | None:
+        """The matrix as the kernels in C read it (`engines.native.Packed`), if it is these that multiply few rows."""
+
 
 class PackedWeight(Tensor):
     """A weight matrix held by a `Kernel`.
@@ -170,6 +173,9 @@ class TracedKernel:
     def dense(self) -> Tensor:
         """(N, K)."""
         return _packed_dense(self.ticket, *self.shape, self.dtype)
+
+    def native(self) -> None:
+        """Nothing: a graph has operations only."""
 
 
 _kernels: WeakValueDictionary[int, Kernel] = WeakValueDictionary()  # by their tickets

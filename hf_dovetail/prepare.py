@@ -18,12 +18,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from . import prefill
 from .anatomy import Anatomy, anatomy_of, nbytes_of
 from .config import TreeShape
 from .devices import HOST, resolve_device
 from .dispatch import Dispatch, dispatch_of
-from .engines import check_engine, engine_of, start_engine, stop_engine
+from .engines import check_engine, engine_of, start_engine, stop_engine, stream_prompts
 from .experience import LARGEST
 from .levels import tree_rows
 from .modeling import DovetailAssistantModel
@@ -60,12 +59,13 @@ def prepare_target(
         ValueError: if it is no model of transformers; if the engine is unknown or cannot take this model; or if there
             is no accelerator, the model cannot be placed on two devices, or the budget is no size or too small, saying
             what would fit.
+        RuntimeError: if the model is prepared already, and its engine cannot give the weights back (`restore_target`).
     """
     given, model = model, _unwrapped(model)
     check_engine(engine)
     budget = None if vram_budget is None else _bytes(vram_budget)
     if budget is None and dispatch_of(model) is None and engine == engine_of(model) != "eager":
-        prefill.install(model, engine)
+        stream_prompts(model)
         return given
     restore_target(model)
     try:

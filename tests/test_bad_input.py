@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from hf_dovetail import DovetailAssistantModel, DovetailConfig, TreeShape
+from hf_dovetail.devices import resolve_device
 
 Edit = Callable[[dict[str, Tensor]], Any]
 
@@ -334,6 +335,8 @@ def test_a_target_without_an_lm_head_matrix_is_refused(
 def test_configurations_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="num_hidden_layers is 9; a draft has 1 to 6 blocks"):
         DovetailConfig(num_hidden_layers=9)
+    with pytest.raises(ValueError, match="set own_head=True, or leave draft_vocab_size out"):
+        DovetailConfig(fusion="eagle3", draft_vocab_size=40, own_head=False)
     with pytest.raises(ValueError, match=r"'mean'.*dgf, eagle, eagle3, none"):
         DovetailConfig(fusion="mean")
     with pytest.raises(ValueError, match="causal_lm"):
@@ -351,6 +354,25 @@ def test_a_device_that_is_not_there(
         tiny.run(llama, ids, noisy)
     noisy.draft_device = "cpu"
     tiny.both(llama, noisy, ids)
+
+
+@pytest.mark.parametrize(
+    ("count", "device", "message"),
+    [
+        (None, "cuda", "torch finds no accelerator on this machine; use 'auto' or 'cpu'"),
+        (1, "cuda", "torch finds a device of type xpu on this machine; use 'auto' or 'cpu'"),
+        (1, "xpu:1", "this machine has 1 of them: expected auto, cpu, or xpu:0$"),
+        (3, "xpu:3", "this machine has 3 of them: expected auto, cpu, or xpu:0 to xpu:2$"),
+    ],
+)
+def test_a_device_that_is_not_there_names_those_that_are(
+    count: int | None, device: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = None if count is None else torch.device("xpu")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: found)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+    with pytest.raises(ValueError, match=message):
+        resolve_device(device)
 
 
 def test_a_draft_is_not_a_target_for_a_draft(untrained: DovetailAssistantModel) -> None:

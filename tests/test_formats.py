@@ -416,6 +416,9 @@ def test_pickles_that_run_code_are_not_loaded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"pytorch_model.bin holds more than tensors and is not loaded"):
         DovetailAssistantModel.from_pretrained(tmp_path)
     assert not mark.exists()
+    torch.save({**case.tensors(), "epoch": 3}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"entries that are no tensors: epoch; ask for a safetensors file"):
+        DovetailAssistantModel.from_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises((OSError, ValueError), match=r"pytorch_model.bin"):
         DovetailAssistantModel.from_pretrained(tmp_path)

@@ -33,7 +33,7 @@ MATRICES = [
 ENGINES = ["int8", pytest.param("int4", marks=no_native)]
 each_matrix = pytest.mark.parametrize("matrix", MATRICES)
 each_engine = pytest.mark.parametrize("engine", ENGINES)
-Matrix = Callable[[], quantised.Matrix]
+Matrix = Callable[[], quantised.StackedMatrix]
 
 
 def kernel(weight: torch.Tensor, matrix: Matrix = int8.Int8Matrix) -> quantised.QuantisedKernel:
@@ -244,7 +244,11 @@ def _changed_since(folder: Path) -> torch.nn.Module:
 
 @pytest.mark.parametrize(
     ("make", "message"),
-    [(_in_memory, "built in memory"), (_files_gone, "no longer be read"), (_changed_since, "layers.2.mlp.up_proj")],
+    [
+        (_in_memory, "built in memory.*; build it again, or save it"),
+        (_files_gone, "no longer be read"),
+        (_changed_since, "layers.2.mlp.up_proj"),
+    ],
 )
 def test_what_cannot_come_back_is_refused_and_goes_on_working(make, message: str, tmp_path: Path) -> None:
     model = make(tmp_path)
@@ -264,6 +268,8 @@ def test_never_chosen_unasked_and_refuses_what_it_cannot_do(engine: str) -> None
     with pytest.raises(ValueError, match="float64"):
         prepare_target(tiny.build("llama").double(), engine=engine)
     with pytest.raises(ValueError, match=r"no nn\.Linear layers"):
+        prepare_target(tiny.build("gpt2"), engine=engine)
+    with pytest.raises(ValueError, match=r"; expected one of auto, eager, onednn(, ipex)?$"):
         prepare_target(tiny.build("gpt2"), engine=engine)
     assert model.model.layers[0].mlp.up_proj.weight.shape == (48, 32)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from hf_dovetail.demo import demo_prompts, load_pair
-from hf_dovetail.engines import ipex
+from hf_dovetail.cli import main
+from hf_dovetail.demo import demo_prompts, load_pair, pair_path
+from hf_dovetail.engines import ENGINES, ipex
 from hf_dovetail.packed import PackedWeight
 
 PRECISIONS = (torch.float32, torch.bfloat16)
@@ -76,9 +78,24 @@ def test_an_ipex_that_cannot_be_imported(llama: PreTrainedModel, monkeypatch: py
     """IPEX leaves the interpreter on machines that it does not like."""
     monkeypatch.setattr(ipex, "PACKAGE", "ipex_that_exits")
     monkeypatch.setattr(ipex.importlib, "import_module", lambda name: sys.exit("no AVX2"))
-    with pytest.raises(RuntimeError, match="cannot be imported: no AVX2"):
+    with pytest.raises(ValueError, match=r'cannot be imported: no AVX2; install it again .*engine="auto"'):
         ipex.prepare(llama)
     assert not packed(llama)
+
+
+def test_a_broken_ipex_ends_the_command_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against a traceback where an installation is broken, of which `why_not` cannot know."""
+    (tmp_path / "broken_ipex.py").write_text("raise ImportError('undefined symbol: libtorch')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(ipex, "PACKAGE", "broken_ipex")
+    monkeypatch.setitem(ENGINES, "ipex", replace(ENGINES["ipex"], why_not=lambda model: None))
+    models = ["--target", str(pair_path("target")), "--draft", str(pair_path("draft"))]
+    assert main(["generate", "def f(", *models, "--engine", "ipex"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("hf-dovetail: Intel Extension for PyTorch is installed and cannot be imported: undefined")
+    assert error.endswith('or take engine="auto"')
 
 
 def test_asking_imports_nothing_of_ipex() -> None:

@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from hf_dovetail.anatomy import decoder_layers
 from hf_dovetail.cache import GrowingCache, held_states, num_cache_layers
 from hf_dovetail.curves import MAX_ROWS
 from hf_dovetail.demo import demo_prompts, load_pair
-from hf_dovetail.engines import layers, native, onednn
+from hf_dovetail.engines import ENGINES, layers, native, onednn
 from hf_dovetail.engines.decoder_layer import DecoderLayer
 from hf_dovetail.prefill import calls, measure, passes, upload
 from hf_dovetail.prefill.switch import streaming_of
@@ -431,12 +432,29 @@ def test_targets_that_cannot_be_streamed_say_why(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = tiny.build("llama")
-    assert prefill.why_not(model, "eager") is None
-    assert "quantises" in prefill.why_not(model, "int8")
+    assert prefill.why_not(model) is None
     break_it(model)
     assert message in prefill.install(model, "eager")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
-    assert prefill.why_not(model, "eager") == "there is no accelerator"
+    assert prefill.why_not(model) == "there is no accelerator"
+
+
+@needs_onednn
+def test_an_engine_says_itself_why_its_prompts_are_not_streamed(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards the promise that another engine is a module and a line in `ENGINES`: nothing else knows their names."""
+    refusals = {name: entry.why_not_streamed for name, entry in ENGINES.items()}
+    assert {name for name, refusal in refusals.items() if refusal is None} == {"onednn"}
+    monkeypatch.setitem(ENGINES, "another", replace(ENGINES["onednn"], why_not_streamed="computes in reverse"))
+    with caplog.at_level(logging.INFO, "hf_dovetail"):
+        model = prepare_target(tiny.build("llama"), "another")
+        prepare_target(model, "another")  # which is another way: it is prepared already
+    assert streaming_of(model.get_decoder()) is None
+    assert caplog.messages.count("prompts stay on the CPU: the engine another computes in reverse") == 2
+    monkeypatch.setitem(ENGINES, "another", ENGINES["onednn"])
+    streamed(model, "another")
+    assert crossed(accelerator, lambda: logits(model, LONG))[0] > layer_bytes(model)
 
 
 def test_a_target_that_left_the_cpu_after_it_was_prepared_is_not_streamed(accelerator: Accelerator) -> None:

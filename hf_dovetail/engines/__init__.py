@@ -17,7 +17,7 @@ from .. import prefill
 from ..anatomy import is_quantised
 from ..dispatch import dispatch_of
 from ..threads import chosen_threads
-from . import activations, exact, int4, int8, ipex, layers, norms, onednn
+from . import activations, exact, int4, int8, ipex, layers, norms, onednn, quantised
 
 logger = logging.get_logger(__name__)
 
@@ -42,18 +42,21 @@ class Engine:
         prepare: does it, in place.
         keeps_precision: whether it computes what the model's own layers compute, up to rounding; only such
             engines are chosen by "auto".
+        why_not_streamed: what it does that no accelerator can do alike in long prompts ("the engine NAME ..."); without
+            such a reason its kernels have `stored` and `ordered`, as `onednn.OneDnnKernel` has.
     """
 
     why_not: Callable[[PreTrainedModel], str | None]
     prepare: Callable[[PreTrainedModel], Undo]
     keeps_precision: bool = True
+    why_not_streamed: str | None = None
 
 
 ENGINES: dict[str, Engine] = {
     "onednn": Engine(onednn.why_not, onednn.prepare),
-    "ipex": Engine(ipex.why_not, ipex.prepare),
-    "int8": Engine(int8.why_not, int8.prepare, keeps_precision=False),
-    "int4": Engine(int4.why_not, int4.prepare, keeps_precision=False),
+    "ipex": Engine(ipex.why_not, ipex.prepare, why_not_streamed=ipex.WHY_NOT_STREAMED),
+    "int8": Engine(int8.why_not, int8.prepare, keeps_precision=False, why_not_streamed=quantised.WHY_NOT_STREAMED),
+    "int4": Engine(int4.why_not, int4.prepare, keeps_precision=False, why_not_streamed=quantised.WHY_NOT_STREAMED),
 }
 
 
@@ -86,11 +89,11 @@ def start_engine(model: PreTrainedModel, engine: str) -> None:
     """Let the layers that a model has on the CPU run on an engine, in place; `prepare.prepare_target` is for users.
 
     Raises:
-        ValueError: if the engine cannot take this model.
+        ValueError: if the engine cannot take this model, naming those that can.
     """
     reasons = {}
     for name in _candidates(engine):
-        reason = why_not(model) or ENGINES[name].why_not(model)
+        reason = _why_not(model, name)
         if reason is None:
             _prepared[model] = _Prepared(name, ENGINES[name].prepare(model), exact.switch_on(model))
             activations.switch_on(model)
@@ -99,11 +102,21 @@ def start_engine(model: PreTrainedModel, engine: str) -> None:
             break
         reasons[name] = reason
     if engine not in ("auto", "eager", engine_of(model)):
-        raise ValueError(f"engine {engine} cannot take {type(model).__name__}: {reasons[engine]}")
+        expected = ", ".join(("auto", "eager", *_fitting(model)))
+        raise ValueError(
+            f"engine {engine} cannot take {type(model).__name__}: {reasons[engine]}; expected one of {expected}"
+        )
     refused = "".join(f"; not {name}: {reason}" for name, reason in reasons.items())
     logger.info("%s runs on %s, %d threads%s", type(model).__name__, engine_of(model), chosen_threads(), refused)
     if engine != "eager" and dispatch_of(model) is None:  # layers with hooks of their own are not streamed
-        prefill.install(model, engine_of(model))
+        stream_prompts(model)
+
+
+def stream_prompts(model: PreTrainedModel) -> None:
+    """Let long prompts go through the accelerator, where that computes what the model's engine does, and faster."""
+    name = engine_of(model)
+    reason = ENGINES[name].why_not_streamed if name in ENGINES else None
+    prefill.install(model, name, None if reason is None else f"the engine {name} {reason}")
 
 
 def stop_engine(model: PreTrainedModel) -> None:
@@ -132,6 +145,14 @@ def why_not(model: PreTrainedModel) -> str | None:
     if devices != {"cpu"}:
         return f"its weights are on {', '.join(sorted(devices))}, not on the CPU"
     return None
+
+
+def _why_not(model: PreTrainedModel, engine: str) -> str | None:
+    return why_not(model) or ENGINES[engine].why_not(model)
+
+
+def _fitting(model: PreTrainedModel) -> list[str]:
+    return [name for name in ENGINES if _why_not(model, name) is None]
 
 
 def _candidates(engine: str) -> list[str]:

@@ -17,8 +17,7 @@ from ..packed import Kernel
 from . import native
 from .activations import coefficients_of
 from .exact import mask_arguments
-from .onednn import OneDnnKernel
-from .quantised import QuantisedKernel, stack_of
+from .quantised import stack_of
 
 _PARTS = 3
 
@@ -44,11 +43,7 @@ class Products:
         if not all(b is None or (b.dtype == kernel.dtype and b.is_cpu and b.is_contiguous()) for kernel, b in pairs):
             return None
         stack = stack_of(kernels) if len(kernels) > 1 else None
-        if stack is not None:
-            found = [stack.native()]
-        else:
-            known = (OneDnnKernel, QuantisedKernel)
-            found = [kernel.native() if isinstance(kernel, known) else None for kernel in kernels]
+        found = [kernel.native() for kernel in kernels] if stack is None else [stack.native()]
         if any(each is None for each in found):
             return None
         return cls(found, biases, [kernel.shape[0] for kernel in kernels])

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from . import native, quantised
 from .native import GROUP, NativeInt4
+from .quantised import StackedMatrix
 from .swap import Swap
 
 _TOP = 15  # largest level
@@ -60,51 +61,20 @@ def _clipped(values: Tensor, middle: Tensor, half: Tensor, kept: float) -> tuple
     return (levels * step).add_(least).sub_(values).square_().sum(-1, keepdim=True), levels, least, step
 
 
-class Int4Matrix:
-    """One matrix (N, K), or several with one input stacked, in 4 bits; a `quantised.Matrix`."""
+class Int4Matrix(StackedMatrix):
+    """One matrix (N, K), or several with one input stacked, in 4 bits."""
 
-    def __init__(self) -> None:
-        self.places: list[slice] = []
-        self._added: list[tuple[Tensor, Tensor, Tensor]] = []  # until they are packed
-        self._width = 0
-        self._packed: NativeInt4 | None = None
+    _width = 0  # K, which whole groups of levels do not tell
 
-    @property
-    def nbytes(self) -> int:
-        """Of the packed weights with their scales."""
-        self.pack()
-        return self._packed.nbytes
-
-    def add(self, weight: Tensor) -> int:
-        """Quantise a matrix (n, K) and stack it below the others; return its number."""
-        first = self.places[-1].stop if self.places else 0
-        self.places.append(slice(first, first + len(weight)))
-        self._added.append(quantise(weight))
+    def _quantised(self, weight: Tensor) -> tuple[Tensor, ...]:
         self._width = weight.shape[1]
-        return len(self.places) - 1
+        return quantise(weight)
 
-    def pack(self) -> None:
-        """Bring the weights into the kernel's layout; nothing can be added afterwards."""
-        if self._packed is None:
-            levels, least, step = (torch.cat(parts) for parts in zip(*self._added, strict=True))
-            self._packed = NativeInt4(levels, least, step, self._width)
-            self._added.clear()
+    def _laid_out(self, *parts: Tensor) -> NativeInt4:
+        return NativeInt4(*parts, self._width)
 
-    def product(self, rows: Tensor) -> Tensor:
-        """(R, K) bf16 or fp32 to (R, N), in the same precision."""
-        if self._packed is None:
-            self.pack()
-        return self._packed.product(rows)
-
-    def native(self) -> NativeInt4:
-        """The packed weights."""
-        self.pack()
-        return self._packed
-
-    def dense(self, number: int) -> Tensor:
-        """(n, K) float32: what the product computes with."""
-        self.pack()
-        return self._packed.dense()[self.places[number]]
+    def _dense(self, packed: NativeInt4, place: slice) -> Tensor:
+        return packed.dense()[place]
 
 
 def why_not(model: PreTrainedModel) -> str | None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from . import native, pages, quantised
-from .quantised import LEVELS
+from .quantised import LEVELS, StackedMatrix
 from .swap import Swap
 
 logger = logging.get_logger(__name__)
@@ -81,28 +81,19 @@ class OneDnnInt8:
         return self._packed.to_dense().t()
 
 
-class Int8Matrix:
-    """One matrix (N, K), or several with one input stacked, in 8 bits; a `quantised.Matrix`.
+class Int8Matrix(StackedMatrix):
+    """One matrix (N, K), or several with one input stacked, in 8 bits.
 
     Args:
         kernel: how the packed weights multiply.
     """
 
     def __init__(self, kernel: type[OneDnnInt8] | type[native.NativeInt8] = OneDnnInt8) -> None:
-        self.places: list[slice] = []
+        super().__init__()
         self._kernel = kernel
-        self._levels: list[Tensor] = []  # of the matrices added so far, until they are packed
-        self._scales: list[Tensor] = []
-        self._packed: OneDnnInt8 | native.NativeInt8 | None = None
+        self._scales: Tensor | None = None  # of the packed weights
 
-    @property
-    def nbytes(self) -> int:
-        """Of the packed weights with their scales."""
-        self.pack()
-        return self._packed.nbytes
-
-    def add(self, weight: Tensor) -> int:
-        """Quantise a matrix (n, K) and stack it below the others; return its number."""
+    def _quantised(self, weight: Tensor) -> tuple[Tensor, ...]:
         scales = weight.abs().amax(1).float().div_(LEVELS)
         scales.masked_fill_(scales == 0, 1.0)
         levels = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
@@ -110,36 +101,14 @@ class Int8Matrix:
         for begin in range(0, len(weight), step):
             rows = slice(begin, begin + step)
             levels[rows] = (weight[rows].float() / scales[rows, None]).round_()
-        first = self.places[-1].stop if self.places else 0
-        self.places.append(slice(first, first + len(weight)))
-        self._levels.append(levels)
-        self._scales.append(scales)
-        return len(self.places) - 1
+        return levels, scales
 
-    def pack(self) -> None:
-        """Bring the weights into the kernel's layout; nothing can be added afterwards."""
-        if self._packed is None:
-            self._scales = [torch.cat(self._scales)]
-            # the rows' levels, too, are 127 times too large
-            self._packed = self._kernel(torch.cat(self._levels), self._scales[0] / LEVELS)
-            self._levels.clear()
+    def _laid_out(self, levels: Tensor, scales: Tensor) -> OneDnnInt8 | native.NativeInt8:
+        self._scales = scales
+        return self._kernel(levels, scales / LEVELS)  # the rows' levels, too, are 127 times too large
 
-    def product(self, rows: Tensor) -> Tensor:
-        """(R, K) bf16 or fp32 to (R, N), in the same precision."""
-        if self._packed is None:
-            self.pack()
-        return self._packed.product(rows)
-
-    def native(self) -> native.NativeInt8 | None:
-        """The packed weights, if native kernels multiply."""
-        self.pack()
-        return self._packed if isinstance(self._packed, native.NativeInt8) else None
-
-    def dense(self, number: int) -> Tensor:
-        """(n, K) float32: what the product computes with."""
-        self.pack()
-        place = self.places[number]
-        return self._packed.levels()[place].float() * self._scales[0][place, None]
+    def _dense(self, packed: OneDnnInt8 | native.NativeInt8, place: slice) -> Tensor:
+        return packed.levels()[place].float() * self._scales[place, None]
 
 
 def why_not(model: PreTrainedModel) -> str | None:

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .swap import Swap
+from . import onednn
+from .swap import Swap, swap_all
 
 PACKAGE = "intel_extension_for_pytorch"
 INSTALL = 'pip install "hf_dovetail[ipex]"'
+WHY_NOT_STREAMED = "keeps its weights in a layout that only the CPU reads"
 _TORCH = "2.8"  # the only version that the last IPEX, 2.8, can be loaded into
-_DTYPES = (torch.bfloat16, torch.float32)
 
 
 class IpexKernel:
@@ -62,19 +63,21 @@ class IpexKernel:
         """The matrix (N, K), bit for bit."""
         return self._context.to_public(self._context.get_weight())
 
+    def native(self) -> None:
+        """Nothing: only IPEX reads its layout."""
+
 
 def why_not(model: PreTrainedModel) -> str | None:
     """Why this engine cannot take the model, or None; imports nothing of IPEX."""
-    if model.dtype not in _DTYPES:
-        return f"its weights are {model.dtype}, not bfloat16 or float32"
+    reason = onednn.why_not(model)  # whose precisions and instructions are IPEX's too
+    if reason is not None:
+        return reason
     if find_spec(PACKAGE) is None:
         return f"Intel Extension for PyTorch is not installed; {INSTALL} (it needs torch {_TORCH})"
     if torch.__version__.split(".")[:2] != _TORCH.split("."):
         return f"Intel Extension for PyTorch needs torch {_TORCH}, and this is {torch.__version__}; {INSTALL}"
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return "Intel Extension for PyTorch needs a CPU with AVX2 or AVX-512"
-    if model.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "this CPU has no bfloat16 instructions"
     return None
 
 
@@ -82,20 +85,10 @@ def prepare(model: PreTrainedModel) -> Swap:
     """Pack every linear weight of the model, in place; the LM head that is the embedding too stays one matrix.
 
     Raises:
-        RuntimeError: if IPEX is installed and cannot be imported.
+        ValueError: if IPEX is installed and cannot be imported.
     """
     _load_operators()
-    swap = Swap()
-    swap.pack(model, pack)
-    return swap
-
-
-def pack(name: str, weight: Tensor, is_embedding: bool) -> IpexKernel | None:
-    """The kernel of one weight, or None if it must stay as it is."""
-    if weight.dtype not in _DTYPES or weight.device.type != "cpu" or weight.numel() == 0:
-        return None
-    kernel = IpexKernel(weight)
-    return kernel if kernel.has_rows or not is_embedding else None
+    return swap_all(model, IpexKernel)
 
 
 def _has_known_layout(packed: Tensor, weight: Tensor) -> bool:
@@ -122,13 +115,16 @@ def _load_operators() -> None:
     """Import IPEX, and leave logging as it was: it replaces the class of all later loggers and adds a root handler.
 
     Raises:
-        RuntimeError: if it cannot be imported.
+        ValueError: if it cannot be imported; it is the choice of this engine that can be changed.
     """
     with _logging_restored():
         try:
             importlib.import_module(PACKAGE)
         except (Exception, SystemExit) as error:
-            raise RuntimeError(f"Intel Extension for PyTorch cannot be imported: {error}; {INSTALL}") from error
+            raise ValueError(
+                f"Intel Extension for PyTorch is installed and cannot be imported: {error}; install it again "
+                f'({INSTALL}), or take engine="auto"'
+            ) from error
 
 
 @contextmanager

@@ -40,8 +40,27 @@ _BF16_INSTRUCTIONS = "avx512_bf16"
 _BF16_BLOCK = (64, 2)  # output channels of a block, and input channels side by side; COLUMNS in the source
 _ALONE = 1 << 18  # weights below which waking other threads costs more than they save
 
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+_STATES = (_POINTER, _POINTER, _LONG, _LONG)  # from, to, heads, step
+_SIGNATURES = {  # what a function of the sources returns, and its arguments
+    "dovetail_use_threads": (None, *[_POINTER] * len(_THREADING)),
+    "dovetail_scratch": (_LONG, _LONG, _INT),
+    "dovetail_product": (None, *[_POINTER] * 5, *[_LONG] * 4, *[_INT] * 3),
+    "dovetail_bf16_product": (None, *[_POINTER] * 4, *[_LONG] * 3, _INT),
+    "dovetail_attention_scratch": (_LONG, _LONG, _LONG),
+    "dovetail_attention": (None, *[_POINTER] * 8, _FLOAT, *[_INT] * 3),
+    "dovetail_activation": (None, *[_POINTER] * 3, *[_LONG] * 4, *[_FLOAT] * 2, *[_INT] * 2),
+    "dovetail_norm": (None, *[_POINTER] * 3, *[_LONG] * 3, _FLOAT, *[_INT] * 2),
+    "dovetail_rotary": (None, *_STATES, *_STATES, *[_POINTER] * 2, *[_LONG] * 3, *[_INT] * 2),
+    "dovetail_best": (None, *[_POINTER] * 3, *[_LONG] * 4, _INT),
+    "dovetail_layer_room": (_LONG, _POINTER, *[_LONG] * 2, _INT),
+    "dovetail_layer_qkv": (None, *[_POINTER] * 4, *[_LONG] * 2, *[_POINTER] * 4, _INT),
+    "dovetail_layer_finish": (None, *[_POINTER] * 7, *[_LONG] * 3, _POINTER, _FLOAT, _INT, _POINTER, _INT),
+}
+_BF16_FUNCTIONS = ("dovetail_bf16_product",)  # which may be missing
+
 _lock = threading.Lock()
-_thread = threading.local()  # .scratch: memory for quantised rows
+_thread = threading.local()  # .scratch: memory for what kernels keep on the way
 
 
 def why_not() -> str | None:
@@ -70,31 +89,11 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, str(error)
     except AttributeError as error:
         return None, f"this build of torch does not bring GNU OpenMP along ({error})"
-    number, size = ctypes.c_void_p, ctypes.c_long
-    found.dovetail_use_threads.argtypes = [ctypes.c_void_p] * len(openmp)
+    for name, (result, *arguments) in _SIGNATURES.items():
+        if name not in _BF16_FUNCTIONS or hasattr(found, name):
+            function = getattr(found, name)
+            function.restype, function.argtypes = result, arguments
     found.dovetail_use_threads(*openmp)
-    found.dovetail_scratch.argtypes, found.dovetail_scratch.restype = [size, ctypes.c_int], size
-    found.dovetail_product.argtypes = [number] * 5 + [size] * 4 + [ctypes.c_int] * 3
-    found.dovetail_product.restype = None
-    if hasattr(found, "dovetail_bf16_product"):
-        found.dovetail_bf16_product.argtypes = [number] * 4 + [size] * 3 + [ctypes.c_int]
-        found.dovetail_bf16_product.restype = None
-    found.dovetail_attention_scratch.argtypes, found.dovetail_attention_scratch.restype = [size, size], size
-    found.dovetail_attention.argtypes = [number] * 8 + [ctypes.c_float] + [ctypes.c_int] * 3
-    found.dovetail_attention.restype = None
-    found.dovetail_activation.argtypes = [number] * 3 + [size] * 4 + [ctypes.c_float] * 2 + [ctypes.c_int] * 2
-    found.dovetail_activation.restype = None
-    found.dovetail_norm.argtypes = [number] * 3 + [size] * 3 + [ctypes.c_float] + [ctypes.c_int] * 2
-    found.dovetail_norm.restype = None
-    states = [number] * 2 + [size] * 2
-    found.dovetail_rotary.argtypes = [*states, *states, *[number] * 2, *[size] * 3, *[ctypes.c_int] * 2]
-    found.dovetail_rotary.restype = None
-    found.dovetail_best.argtypes, found.dovetail_best.restype = [number] * 3 + [size] * 4 + [ctypes.c_int], None
-    found.dovetail_layer_room.argtypes, found.dovetail_layer_room.restype = [number, size, size, ctypes.c_int], size
-    found.dovetail_layer_qkv.argtypes = [number] * 4 + [size] * 2 + [number] * 4 + [ctypes.c_int]
-    found.dovetail_layer_qkv.restype = None
-    rest = [number] * 7 + [size] * 3 + [number, ctypes.c_float, ctypes.c_int, number, ctypes.c_int]
-    found.dovetail_layer_finish.argtypes, found.dovetail_layer_finish.restype = rest, None
     return found, None
 
 

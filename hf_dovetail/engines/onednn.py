@@ -18,9 +18,8 @@ from transformers import PreTrainedModel
 from ..curves import MAX_ROWS
 from . import pages
 from .native import NativeBf16
-from .swap import Swap
+from .swap import DTYPES, Swap, swap_all
 
-_DTYPES = (torch.bfloat16, torch.float32)
 _BLOCKS = (64, 48, 32, 16, 8)  # output channels side by side in oneDNN's layouts
 _GROUPS = (1, 2, 4)  # input channels side by side within
 
@@ -94,7 +93,7 @@ def why_not(model: PreTrainedModel) -> str | None:
     """Why this engine cannot take the model, or None."""
     if not torch.backends.mkldnn.is_available():
         return "this build of torch has no oneDNN"
-    if model.dtype not in _DTYPES:
+    if model.dtype not in DTYPES:
         return f"its weights are {model.dtype}, not bfloat16 or float32"
     if model.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "this CPU has no bfloat16 instructions"
@@ -103,17 +102,7 @@ def why_not(model: PreTrainedModel) -> str | None:
 
 def prepare(model: PreTrainedModel) -> Swap:
     """Pack every linear weight of the model, in place; the LM head that is the embedding too stays one matrix."""
-    swap = Swap()
-    swap.pack(model, pack)
-    return swap
-
-
-def pack(name: str, weight: Tensor, is_embedding: bool) -> OneDnnKernel | None:
-    """The kernel of one weight, or None if it must stay as it is."""
-    if weight.dtype not in _DTYPES or weight.device.type != "cpu" or weight.numel() == 0:
-        return None
-    kernel = OneDnnKernel(weight)
-    return kernel if kernel.has_rows or not is_embedding else None
+    return swap_all(model, OneDnnKernel)
 
 
 def _product(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,13 +1,15 @@
 """What the engines with quantised weights share: one product for siblings, what keeps its precision, the way back.
 
-A matrix quantises and multiplies (`Matrix`); here is which weights it gets, and how its product is shared among them.
-The LM head, embeddings, routers of experts and adapters (PEFT's) keep their precision (`onednn`).
+Weights of one input lie in one matrix (`StackedMatrix`), whose product is shared among them. An engine says how a
+weight is quantised and which kernel multiplies; here is which weights it gets, and how the originals come back. The LM
+head, embeddings, routers of experts and adapters (PEFT's) keep their precision (`onednn`).
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -19,46 +21,93 @@ from transformers import PreTrainedModel
 
 from ..packed import Kernel
 from . import onednn
-from .native import Packed
-from .swap import BASE_LAYER, Swap, adapter_paths
+from .native import NativeInt4, NativeInt8, Packed
+from .swap import BASE_LAYER, DTYPES, Swap, adapter_paths, can_pack, packed_by
 
 LEVELS = 127
 """Largest quantised magnitude of activations, and of 8-bit weights."""
+WHY_NOT_STREAMED = "quantises activations too, which the accelerator's kernels do not compute alike"
+"""Of these engines."""
 
 _MOST_INPUTS = (2**31 - 1) // (255 * LEVELS)  # beyond it an int32 sum could overflow
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # modules of one parent with one input
 _ROUTERS = ("gate", "router", "shared_expert_gate")  # tiny, and another choice of experts is no small error
 
 
-class Matrix(Protocol):
-    """Quantised weights (n, K) of one input, stacked.
+class Layout(Protocol):
+    """Packed weights (N, K) as one kernel reads them.
 
     Attributes:
-        places: the rows of each in the stack.
-        nbytes: of the packed weights with their scales.
+        nbytes: with their scales.
     """
 
-    places: list[slice]
     nbytes: int
-
-    def add(self, weight: Tensor) -> int:
-        """Quantise a matrix (n, K) and stack it below the others; return its number."""
-
-    def pack(self) -> None:
-        """Bring the weights into the kernel's layout; nothing can be added afterwards."""
 
     def product(self, rows: Tensor) -> Tensor:
         """(R, K) bf16 or fp32 to (R, N), in the same precision. A row's result does not depend on the others."""
 
-    def dense(self, number: int) -> Tensor:
-        """(n, K) float32: what the product computes with."""
+
+class StackedMatrix(ABC):
+    """Quantised weights (n, K) of one input, stacked, which one product multiplies.
+
+    A subclass says how a weight is quantised, how a kernel reads the stack, and what that computes with.
+
+    Attributes:
+        places: the rows of each in the stack.
+    """
+
+    def __init__(self) -> None:
+        self.places: list[slice] = []
+        self._added: list[tuple[Tensor, ...]] = []  # until they are packed
+        self._packed: Layout | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of the packed weights with their scales."""
+        return self.pack().nbytes
+
+    def add(self, weight: Tensor) -> int:
+        """Quantise a matrix (n, K) and stack it below the others; return its number."""
+        self._added.append(self._quantised(weight))
+        first = self.places[-1].stop if self.places else 0
+        self.places.append(slice(first, first + len(weight)))
+        return len(self.places) - 1
+
+    def pack(self) -> Layout:
+        """Bring the weights into the kernel's layout, once, and return them; nothing can be added afterwards."""
+        if self._packed is None:
+            self._packed = self._laid_out(*(torch.cat(parts) for parts in zip(*self._added, strict=True)))
+            self._added.clear()
+        return self._packed
+
+    def product(self, rows: Tensor) -> Tensor:
+        """(R, K) bf16 or fp32 to (R, N), in the same precision. A row's result does not depend on the others."""
+        return self.pack().product(rows)
 
     def native(self) -> Packed | None:
-        """The weights as native kernels read them, if it is these that multiply."""
+        """The packed weights, if native kernels multiply."""
+        packed = self.pack()
+        return packed if isinstance(packed, NativeInt8 | NativeInt4) else None
+
+    def dense(self, number: int) -> Tensor:
+        """(n, K) float32: what the product computes with."""
+        return self._dense(self.pack(), self.places[number])
+
+    @abstractmethod
+    def _quantised(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """A matrix (n, K) in parts of n rows each, such as levels and scales."""
+
+    @abstractmethod
+    def _laid_out(self, *parts: Tensor) -> Layout:
+        """The parts of all weights, one below the other, as the kernel reads them."""
+
+    @abstractmethod
+    def _dense(self, packed: Layout, place: slice) -> Tensor:
+        """(n, K) float32: rows of the packed stack."""
 
 
 class QuantisedKernel:
-    """One of the weights of a `Matrix`.
+    """One of the weights of a `StackedMatrix`.
 
     Args:
         name: the parameter's.
@@ -68,7 +117,7 @@ class QuantisedKernel:
 
     lossless = False
 
-    def __init__(self, name: str, weight: Tensor, matrix: Matrix) -> None:
+    def __init__(self, name: str, weight: Tensor, matrix: StackedMatrix) -> None:
         self.name, self.shape, self.dtype = name, weight.shape, weight.dtype
         self.fingerprint = fingerprint(weight)
         self.matrix, self._number = matrix, matrix.add(weight)
@@ -84,7 +133,7 @@ class QuantisedKernel:
 
     def linear(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         """(..., K) to (..., n)."""
-        if rows.dtype not in (torch.bfloat16, torch.float32) or rows.numel() == 0:
+        if rows.dtype not in DTYPES or rows.numel() == 0:
             return F.linear(rows, self.dense().to(rows.dtype), None if bias is None else bias.to(rows.dtype))
         if len(self.matrix.places) == 1:
             output = self.matrix.product(rows.reshape(-1, self.shape[1]))
@@ -102,7 +151,7 @@ class QuantisedKernel:
         return self.matrix.dense(self._number).to(self.dtype)
 
 
-def stack_of(kernels: Sequence[Kernel]) -> Matrix | None:
+def stack_of(kernels: Sequence[Kernel]) -> StackedMatrix | None:
     """The matrix that consists of just these weights, in this order, if there is one."""
     if not all(isinstance(kernel, QuantisedKernel) for kernel in kernels):
         return None
@@ -111,7 +160,7 @@ def stack_of(kernels: Sequence[Kernel]) -> Matrix | None:
     return matrix if found == [(matrix, number) for number in range(len(matrix.places))] else None
 
 
-def parts_of_product(matrix: Matrix, rows: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
+def parts_of_product(matrix: StackedMatrix, rows: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
     """One product with all stacked weights: rows (..., K) bf16 or fp32 to (R, n) for each weight, its bias added."""
     output = matrix.product(rows.reshape(-1, rows.shape[-1]))
     parts = [output[:, place] for place in matrix.places]
@@ -122,7 +171,7 @@ def parts_of_product(matrix: Matrix, rows: Tensor, biases: Sequence[Tensor | Non
 class _Pending:
     """The product of one input with a stacked matrix, of which some parts are yet to be asked for."""
 
-    matrix: Matrix
+    matrix: StackedMatrix
     rows: weakref.ref[Tensor]
     content: tuple[int, int] | Tensor
     output: Tensor
@@ -132,7 +181,7 @@ class _Pending:
 _thread = threading.local()  # .pending: the last stacked product
 
 
-def _shared_product(matrix: Matrix, number: int, rows: Tensor) -> Tensor:
+def _shared_product(matrix: StackedMatrix, number: int, rows: Tensor) -> Tensor:
     """(R, n): one weight's part; the whole product is computed for the first, and kept for the others.
 
     It is kept until all parts are taken, the input is freed or another product follows, and only used for the very
@@ -179,7 +228,7 @@ def why_not(model: PreTrainedModel) -> str | None:
     return None
 
 
-def prepare(model: PreTrainedModel, new_matrix: Callable[[], Matrix]) -> Swap:
+def prepare(model: PreTrainedModel, new_matrix: Callable[[], StackedMatrix]) -> Swap:
     """Quantise every linear weight of the model, in place, except the LM head, embeddings, routers and adapters."""
     head, adapters = model.get_output_embeddings(), adapter_paths(model)
     head = getattr(head, BASE_LAYER, head)
@@ -192,7 +241,7 @@ def prepare(model: PreTrainedModel, new_matrix: Callable[[], Matrix]) -> Swap:
 
     def pack(name: str, weight: Tensor, is_embedding: bool) -> QuantisedKernel | onednn.OneDnnKernel | None:
         if name in kept or is_embedding or not _can_quantise(weight):
-            return onednn.pack(name, weight, is_embedding)
+            return packed_by(onednn.OneDnnKernel, weight, is_embedding)
         return QuantisedKernel(name, weight, stacks.of(name, weight))
 
     swap.pack(model, pack)
@@ -205,19 +254,18 @@ def _keeps_precision(path: str, module: nn.Module, head: nn.Module | None) -> bo
 
 
 def _can_quantise(weight: Tensor) -> bool:
-    supported = weight.dtype in (torch.bfloat16, torch.float32) and weight.device.type == "cpu" and weight.numel() > 0
-    return supported and weight.shape[1] <= _MOST_INPUTS and bool(weight.abs().amax().isfinite())
+    return can_pack(weight) and weight.shape[1] <= _MOST_INPUTS and bool(weight.abs().amax().isfinite())
 
 
 class _Stacks:
     """Finds the matrix in which a weight belongs, and packs each as soon as the next begins."""
 
-    def __init__(self, new_matrix: Callable[[], Matrix]) -> None:
+    def __init__(self, new_matrix: Callable[[], StackedMatrix]) -> None:
         self._new_matrix = new_matrix
         self._key: tuple | None = None
-        self._matrix: Matrix | None = None
+        self._matrix: StackedMatrix | None = None
 
-    def of(self, name: str, weight: Tensor) -> Matrix:
+    def of(self, name: str, weight: Tensor) -> StackedMatrix:
         parent, _, leaf = name.removesuffix(".weight").rpartition(".")
         siblings = next((names for names in _SIBLINGS if leaf in names), leaf)
         key = parent, siblings, weight.shape[1], weight.dtype
@@ -273,7 +321,10 @@ def _reread(model: PreTrainedModel, kernels: list[QuantisedKernel]) -> dict[int,
     source = model.name_or_path
     impossible = "the original of the quantised weights cannot be given back: "
     if not source:
-        raise RuntimeError(f"{impossible}the model was built in memory, not loaded from a checkpoint")
+        raise RuntimeError(
+            f"{impossible}the model was built in memory, not loaded from a checkpoint; build it again, or save it and "
+            "load it before it is prepared"
+        )
     revision = getattr(model.config, "_commit_hash", None)
     try:
         loaded = type(model).from_pretrained(source, dtype=model.dtype, local_files_only=True, revision=revision)

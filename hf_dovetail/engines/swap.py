@@ -7,6 +7,7 @@ import mmap
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,19 @@ _TRIM_BYTES = 16 << 20  # freed weights between two calls of `malloc_trim`
 BASE_LAYER = "base_layer"  # PEFT's name for a layer that it has wrapped
 _MADV_PAGEOUT = 21  # <asm-generic/mman-common.h>
 
+DTYPES = (torch.bfloat16, torch.float32)
+"""Precisions of the weights that engines pack."""
+
 Pack = Callable[[str, Tensor, bool], Kernel | None]
 """Packs the weight of a name, which may also be an embedding's (last argument); None leaves it as it is."""
+
+
+class LosslessKernel(Kernel, Protocol):
+    """A kernel that holds a weight as it was."""
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether single rows can be read (`lookup`)."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,26 @@ class Swap:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+
+def swap_all(model: PreTrainedModel, kernel: type[LosslessKernel]) -> Swap:
+    """Pack every linear weight of the model, in place; the LM head that is the embedding too stays one matrix."""
+    swap = Swap()
+    swap.pack(model, lambda name, weight, is_embedding: packed_by(kernel, weight, is_embedding))
+    return swap
+
+
+def packed_by(kernel: type[LosslessKernel], weight: Tensor, is_embedding: bool) -> LosslessKernel | None:
+    """The kernel of one weight, or None if it must stay as it is."""
+    if not can_pack(weight):
+        return None
+    packed = kernel(weight)
+    return packed if packed.has_rows or not is_embedding else None
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether kernels know such a weight's precision and device, and there is something in it."""
+    return weight.dtype in DTYPES and weight.device.type == "cpu" and weight.numel() > 0
 
 
 class _TrainingWarning:

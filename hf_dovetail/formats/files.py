@@ -91,5 +91,8 @@ def _read(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         raise OSError(f"{path} is damaged ({error}); copy or download it again") from error
     strange = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
     if strange:
-        raise ValueError(f"{path.name} holds entries that are no tensors: {', '.join(map(str, strange[:5]))}")
+        raise ValueError(
+            f"{path.name} holds entries that are no tensors: {', '.join(map(str, strange[:5]))}; ask for a "
+            "safetensors file, or save the state dict alone"
+        )
     return {name: tensor for name, tensor in tensors.items() if wanted(name)}

@@ -20,22 +20,20 @@ from .switch import switch_off, switch_on
 
 logger = logging.get_logger(__name__)
 
-_ENGINES = ("eager", "onednn")
-_OTHER_ENGINES = {
-    "ipex": "the engine ipex keeps its weights in a layout that only the CPU reads",
-    "int8": "the engine int8 quantises activations too, which the accelerator's kernels do not compute alike",
-    "int4": "the engine int4 quantises activations too, which the accelerator's kernels do not compute alike",
-}
 
-
-def install(model: PreTrainedModel, engine: str) -> str | None:
+def install(model: PreTrainedModel, engine: str, refusal: str | None = None) -> str | None:
     """Let long prompts of a prepared target be streamed where that is faster; the reason why not, or None.
 
     What it costs and from how many rows on it pays is measured once and kept in the user's cache (`measure`), so that
     it stays the same in later processes.
+
+    Args:
+        model: the target.
+        engine: the name of what runs its layers.
+        refusal: why an accelerator could not run them as that engine does, or None.
     """
     remove(model)
-    reason = why_not(model, engine)
+    reason = why_not(model, refusal)
     if reason is None:
         device = _accelerator()
         try:
@@ -55,13 +53,13 @@ def remove(model: PreTrainedModel) -> None:
     switch_off(model.get_decoder(), decoder_layers(model.get_decoder()) or ())
 
 
-def why_not(model: PreTrainedModel, engine: str) -> str | None:
-    """Why no prompt of the model can be streamed, or None."""
+def why_not(model: PreTrainedModel, refusal: str | None = None) -> str | None:
+    """Why no prompt of the model can be streamed, or None; `refusal` is its engine's reason."""
     text = model.config.get_text_config(decoder=True)
     if torch.accelerator.current_accelerator(check_available=True) is None:
         return "there is no accelerator"
-    if engine not in _ENGINES:
-        return _OTHER_ENGINES[engine]
+    if refusal is not None:
+        return refusal
     if is_quantised(model):
         return "the model is quantised, and its kernels are the CPU's"
     if text.model_type not in TESTED_TYPES:
