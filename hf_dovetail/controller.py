@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from .accept import Accepted
 from .acceptance import corrected
@@ -21,6 +20,7 @@ from .config import TreeShape
 from .costs import Costs
 from .curves import MAX_ROWS
 from .experience import LARGEST, RETENTION, Experience
+from .levels import KeepGoing
 from .lookup import SAYS, match_class
 from .tree import DraftTree
 from .worth import gains_of, nodes_of, sums_of, worth_of
@@ -66,8 +66,8 @@ class Controller:
     def __init__(self, shape: TreeShape) -> None:
         self.largest = shape
 
-    keep_going: Callable[[int, Tensor, Tensor], bool] | None = None
-    """Asked by a draft on the CPU after each level, with all candidates so far: whether to grow another."""
+    keep_going: KeepGoing | None = None
+    """Asked by a draft on the CPU after each level: whether to grow another."""
     shifts: np.ndarray | None = None
     """What the draft corrects its nodes' log-odds by before it compares them, see `acceptance.Acceptance`."""
 
@@ -174,7 +174,7 @@ class AutoController(Controller):
         self._price = self._pace()
         self._times = [self._clock()]
         self._went_on = False
-        self._seen, self._mass, self._expected = 0, 0.0, 1.0
+        self._mass, self._expected = 0.0, 1.0
         self._best = np.zeros(0)
 
     def _plain_pace(self) -> float:
@@ -210,11 +210,9 @@ class AutoController(Controller):
                 return look
         return best
 
-    def _keep_going(self, level: int, scores: Tensor, depths: Tensor) -> bool:
+    def _keep_going(self, level: int, scores: np.ndarray) -> bool:
         self._times.append(self._clock())
-        fresh = scores.numpy()[self._seen :]
-        self._seen = scores.shape[0]
-        chances = np.exp(np.sort(fresh)[: -MAX_ROWS - 1 : -1])
+        chances = np.exp(np.sort(scores)[: -MAX_ROWS - 1 : -1])
         frontier = chances[: LARGEST.top_k]
         self._learn_retention(level, float(frontier.sum()))
         self._best = np.sort(np.concatenate((self._best, chances)))[:-MAX_ROWS:-1]

@@ -143,10 +143,8 @@ def play(
             scores = sums_of(r.tree, gains_of(r.tree, controller.shifts))
             levels = 1 if on_host else shape.levels
             while on_host and levels < shape.levels:
-                depths, order = r.tree.depths[0, 1:].sort(stable=True)
-                found = int((depths <= levels).sum())
-                by_level = torch.from_numpy(scores.astype(np.float32))[order[:found]]
-                if not controller.keep_going(levels, by_level, depths[:found]):
+                found = r.tree.depths.numpy()[0, 1:] == levels
+                if not controller.keep_going(levels, scores[found].astype(np.float32)):
                     break
                 levels += 1
             tree = r.grown(levels, scores)
@@ -429,9 +427,8 @@ def test_a_level_more_is_tried_where_levels_have_kept_their_probability(retentio
     experience.kept = retention * experience.mass
     controller = AutoController(Costs(CostCurves(ROWS, (0,), ((10.0,) * len(ROWS),), 0.1, 0.01, 4.0)), experience)
     controller.plan(LARGEST, 100, 1, 100)
-    scores = torch.tensor([0.9, 0.45]).log()
-    assert controller.keep_going(1, scores[:1], torch.tensor([1])) is goes_on
+    assert controller.keep_going(1, np.log([0.9], dtype=np.float32)) is goes_on
     before = experience.retention(1)
-    controller.keep_going(2, scores, torch.tensor([1, 2]))
+    controller.keep_going(2, np.log([0.45], dtype=np.float32))
     assert abs(experience.retention(1) - 0.5) < abs(before - 0.5)
     assert experience.retention(2) == before
