@@ -218,10 +218,10 @@ def test_trees_come_back_when_the_draft_is_right_again(recorded: list[Recorded])
     wrong = [Recorded(r.tree, frozenset({0})) for r in recorded]
     for _ in range(3):
         play(wrong, curves, experience)
-    assert experience.pause >= 32
+    assert experience.pauses.length >= 32
     for _ in range(6):
         last = play(recorded, curves, experience)
-    assert experience.pause == 0
+    assert experience.pauses.length == 0
     assert last.plain < 0.1 * len(recorded)
     assert last.pace > 0.95 * brute_force(recorded, curves)
 
@@ -424,11 +424,12 @@ def test_the_best_nodes_of_a_tree_are_a_tree(nodes: int) -> None:
 def test_a_level_more_is_tried_where_levels_have_kept_their_probability(retention: float, goes_on: bool) -> None:
     """A level costs 0.4 tokens here, and its parent has 0.9 of one: what past levels left of that decides."""
     experience = Experience()
-    experience.kept = retention * experience.mass
+    depths = experience.depths
+    depths.kept = retention * depths.mass
     controller = AutoController(Costs(CostCurves(ROWS, (0,), ((10.0,) * len(ROWS),), 0.1, 0.01, 4.0)), experience)
     controller.plan(LARGEST, 100, 1, 100)
     assert controller.keep_going(1, np.log([0.9], dtype=np.float32)) is goes_on
-    before = experience.retention(1)
+    before = depths.retention(1)
     controller.keep_going(2, np.log([0.45], dtype=np.float32))
-    assert abs(experience.retention(1) - 0.5) < abs(before - 0.5)
-    assert experience.retention(2) == before
+    assert abs(depths.retention(1) - 0.5) < abs(before - 0.5)
+    assert depths.retention(2) == before
