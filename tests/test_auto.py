@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from fixed_costs import FixedCosts
 from test_streaming import RecordingStreamer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,7 +19,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_dovetail import DovetailAssistantModel, TreeShape
 from hf_dovetail import plugin as plugin_module
 from hf_dovetail.controller import PROBE, AutoController
-from hf_dovetail.costs import Costs
 from hf_dovetail.curves import ROW_POINTS, CostCurves
 from hf_dovetail.decode import Round
 from hf_dovetail.demo import demo_prompts, load_pair
@@ -48,7 +48,7 @@ def at_these_costs(
     monkeypatch: pytest.MonkeyPatch, curves: CostCurves, experience: Experience, on_host: bool = True
 ) -> None:
     """Let curves take the place of clocks."""
-    costs = Costs(curves, learns=False)
+    costs = FixedCosts(curves)
 
     def controller(*arguments: Any) -> tuple[None, AutoController]:
         return None, AutoController(costs, experience, on_host, clock=lambda: 0.0)
