@@ -42,20 +42,17 @@ _UNSTEADY = 0.2  # usual distance of a timing from the median, as a share, that 
 
 @torch.no_grad()
 def calibrate(
-    target: PreTrainedModel,
-    draft: DovetailAssistantModel,
-    progress: bool = True,
-    budget_s: float = 8.0,
-    store: bool = True,
+    target: PreTrainedModel, draft: DovetailAssistantModel, progress: bool = True, budget_s: float = 8.0
 ) -> CostCurves:
     """Measure what verifying and drafting cost, and keep the curves for `draft.tree = "auto"`.
+
+    They go to the user's cache, where later processes find them.
 
     Args:
         target: the target, prepared as it will run.
         draft: its draft.
         progress: whether to show a progress bar.
         budget_s: about how long it may take; every size is timed at least once after a warm-up.
-        store: whether to write the curves to the user's cache, where later processes find them.
 
     Raises:
         ValueError: if the draft does not fit the target, or the target's cache can neither branch nor be cropped.
@@ -70,8 +67,7 @@ def calibrate(
     contexts = tuple(timings)
     lines = tuple(tuple(line) for line in timings.values())
     curves = CostCurves(ROW_POINTS, contexts, lines, *drafting, overhead_ms, tree_ms)
-    if store:
-        keep(draft, target, curves)
+    keep(draft, target, curves)
     return curves
 
 

@@ -63,6 +63,12 @@ class TreeShape:
             return TreeShape(0, 0, self.top_k)
         return TreeShape(self.nodes, levels - 1, self.top_k)
 
+    def within(self, most: TreeShape) -> TreeShape:
+        """The part of this shape that `most` allows (no nodes: plain decoding)."""
+        if self.nodes == 0 or most.nodes == 0:
+            return TreeShape(0, 0, most.top_k)
+        return TreeShape(min(self.nodes, most.nodes), min(self.depth, most.depth), min(self.top_k, most.top_k))
+
     def as_chain(self) -> TreeShape:
         """The widest chain within this shape, for targets that cannot verify branches."""
         return TreeShape(self.levels, max(self.levels - 1, 0), 1)

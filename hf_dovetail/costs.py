@@ -57,11 +57,10 @@ class Costs:
 
     Args:
         curves: measured curves, or None: then `CostCurves.guess()` until rounds say more.
-        learns: whether rounds correct the curves.
     """
 
-    def __init__(self, curves: CostCurves | None, learns: bool = True) -> None:
-        self.measured, self.learns, self.lock = curves is not None, learns, Lock()
+    def __init__(self, curves: CostCurves | None) -> None:
+        self.measured, self.lock = curves is not None, Lock()
         self._begin(curves or CostCurves.guess())
 
     def _begin(self, curves: CostCurves) -> None:
@@ -100,7 +99,7 @@ class Costs:
 
     def learn_verify(self, rows: int, context: int, observed_ms: float) -> None:
         """Enter the time of one verification."""
-        if not self.learns or rows > MAX_ROWS or observed_ms <= 0:
+        if rows > MAX_ROWS or observed_ms <= 0:
             return
         points, line, near = self.curves.rows, self._at(context), self._corrections()
         after = max(bisect_left(points, rows), 1)
@@ -121,8 +120,6 @@ class Costs:
 
     def learn_draft(self, caught_up: int, levels: int, total_ms: float, level_ms: float | None) -> None:
         """Enter the time of one tree: tokens caught up with, levels, ms in all and, where known, of one level."""
-        if not self.learns:
-            return
         expected = self.draft_ms(levels)
         if caught_up <= MAX_ROWS:
             stored = self.curves.first_ms + (levels - 1) * self.curves.level_ms
@@ -144,8 +141,6 @@ class Costs:
 
     def learn_rest(self, tree: bool, tokens: int, observed_ms: float) -> None:
         """Enter what a round took outside the two models: per token as in plain rounds, and what a tree adds."""
-        if not self.learns:
-            return
         if tree:
             self.tree.learn(observed_ms - tokens * self.overhead.value)
         else:

@@ -73,10 +73,10 @@ class CostCurves:
             raise ValueError(f"{', '.join(_COSTS)} must be times of at least 0 ms, got {costs}")
 
     @classmethod
-    def guess(cls, plain_ms: float = 1.0) -> CostCurves:
+    def guess(cls) -> CostCurves:
         """Curves for a machine on which nothing was measured yet: 1.5 % per row, as while weights come from memory."""
-        line = tuple(plain_ms * (1 + 0.015 * (rows - 1)) for rows in ROW_POINTS)
-        return cls(ROW_POINTS, (0,), (line,), 0.1 * plain_ms, 0.001 * plain_ms, 0.05 * plain_ms)
+        line = tuple(1 + 0.015 * (rows - 1) for rows in ROW_POINTS)
+        return cls(ROW_POINTS, (0,), (line,), first_ms=0.1, row_ms=0.001, level_ms=0.05)
 
     def line(self, context: int) -> np.ndarray:
         """(len(rows),) ms of a verification at each of `rows`; linear between and beyond the measured contexts."""
@@ -89,12 +89,6 @@ class CostCurves:
         share = max((context - begin) / (end - begin), 0.0)
         line = grid[index] + share * (grid[index + 1] - grid[index])
         return np.maximum(line, grid[-1]) if share > 1 else line  # noise must not lead the line downwards
-
-    def verify_ms(self, rows: int, context: int) -> float:
-        """Time of one verification of 1 to `MAX_ROWS` rows, bilinear between the measured points."""
-        if not 1 <= rows <= MAX_ROWS:
-            raise ValueError(f"cost curves reach from 1 to {MAX_ROWS} rows, got {rows}")
-        return float(along_rows(self.rows, self.line(context))[rows])
 
     def scaled(self, verify: float, draft: float) -> CostCurves:
         """The same curves on a machine that takes `verify` and `draft` times as long for the two models."""

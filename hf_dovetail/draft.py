@@ -91,9 +91,8 @@ class DraftSession:
 
         Args:
             shape: nodes, depth and width.
-            keep_going: called on the CPU after each level with the number of levels done (1: the root's children),
-                the scores (C,) float32 of all candidates found so far, and their depths (C,) int64 (1: a child of the
-                root); the tree is expanded no further once it returns False. Never called on an accelerator.
+            keep_going: asked on the CPU after each level (`levels.KeepGoing`); the tree is expanded no further once
+                it returns False. Never asked on an accelerator.
             shifts: (levels, ranks) float32 at least as large as the shape, by which nodes' log-odds are corrected
                 before they are compared (`acceptance.Acceptance`); by default not at all.
 

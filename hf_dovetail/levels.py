@@ -19,9 +19,9 @@ from .config import TreeShape
 from .draws import Choice
 from .tree import Candidates
 
-KeepGoing = Callable[[int, Tensor, Tensor], bool]
-"""Whether a level more is worth its time: called with the number of levels done (1: the root's children), the
-scores (C,) float32 of all candidates found so far, and their depths (C,) int64 (1: a child of the root)."""
+KeepGoing = Callable[[int, np.ndarray], bool]
+"""Whether a level more is worth its time: called with the number of levels done (1: the root's children), and the
+scores (C,) float32 of the candidates that the last of them found."""
 
 
 Best = Callable[[Tensor, int], tuple[Tensor, Tensor]]
@@ -191,10 +191,7 @@ class _Found:
 
     def goes_on(self, keep_going: KeepGoing | None) -> bool:
         """Ask whether a level more is wanted."""
-        if keep_going is None:
-            return True
-        depths = np.arange(1, self.levels + 1).repeat([len(part) for part in self._tokens])
-        return keep_going(self.levels, torch.from_numpy(np.concatenate(self._scores)), torch.from_numpy(depths))
+        return keep_going is None or keep_going(self.levels, self._scores[-1])
 
     def hopeful(self, scores: np.ndarray, nodes: int) -> int:
         """How many of a level's nodes, best first, can still have a child among the `nodes` best of all."""

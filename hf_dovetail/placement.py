@@ -61,7 +61,7 @@ class DraftSizes:
         extent: its cache comes in multiples of so many positions.
         prompt_row: features that wait, for each position of a prompt.
         working: most that computing its rows and their logits takes.
-        shares_embedding, shares_head: whether it draws on the target's.
+        shares_embedding: whether it draws on the target's.
     """
 
     weights: int
@@ -73,7 +73,6 @@ class DraftSizes:
     prompt_row: int
     working: int
     shares_embedding: bool
-    shares_head: bool
 
     def cache(self, context: int) -> int:
         """Its cache, for so many positions."""

@@ -190,7 +190,6 @@ def draft_sizes_of(draft: DovetailAssistantModel, target: PreTrainedModel) -> Dr
         prompt_row=2 * features,
         working=_CHUNK * size * 3 * (text.hidden_size + _inner_size(text)) + 12 * shape.top_k * text.vocab_size,
         shares_embedding=fused and not config.own_embeddings,
-        shares_head=fused and not config.own_head,
     )
 
 

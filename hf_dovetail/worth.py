@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from .acceptance import corrected
@@ -44,3 +46,40 @@ def worth_of(chances: np.ndarray, rows: np.ndarray) -> float:
     """
     gains = chances[: len(rows) - 1].cumsum()
     return max(float((gains - rows[1 : len(gains) + 1]).max(initial=-np.inf)), -float(rows[0]))
+
+
+def worths_by_levels(tree: DraftTree, scores: np.ndarray, rows: np.ndarray, levels: Iterable[int]) -> dict[int, float]:
+    """What a tree would be worth with its first levels alone, by their number.
+
+    Args:
+        tree: proposed by the draft.
+        scores: (N,) of its nodes.
+        rows: (R,) price in tokens of verifying 0, 1, 2, ... nodes.
+        levels: numbers of levels.
+    """
+    order = np.argsort(-scores, kind="stable")
+    chances, depths = np.exp(scores[order]), tree.depths.numpy()[0, 1:][order]
+    return {most: worth_of(chances[depths <= most], rows) for most in levels}
+
+
+def deeper_pays(
+    best: np.ndarray, frontier: np.ndarray, kept: Iterable[float], rows: np.ndarray, level_price: float
+) -> bool:
+    """Whether a tree with one of the next levels is expected to be worth more than without, and their time.
+
+    Args:
+        best: (C,) chances of its best nodes so far, surest first, as many as can be verified.
+        frontier: (W,) those of the last level's nodes.
+        kept: share of a level's probability that the next one has, for each of the levels to look at.
+        rows: (R,) price in tokens of verifying 0, 1, 2, ... nodes.
+        level_price: tokens that a level's time is worth.
+    """
+    if float(frontier.sum()) <= level_price:  # not even if every frontier node had a certain child
+        return False
+    now, ahead, most = worth_of(best, rows), frontier, len(rows) - 1
+    for step, share in enumerate(kept, start=1):
+        ahead = ahead * share
+        best = np.sort(np.concatenate((best, ahead)))[: -most - 1 : -1]
+        if worth_of(best, rows) - step * level_price > now:
+            return True
+    return False

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from fixed_costs import FixedCosts
 
 from hf_dovetail import plugin
 from hf_dovetail.controller import AutoController
-from hf_dovetail.costs import Costs
 from hf_dovetail.curves import MAX_ROWS, CostCurves
 from hf_dovetail.experience import Experience
 
@@ -38,7 +38,7 @@ def at_these_costs(
     monkeypatch: pytest.MonkeyPatch, curves: CostCurves, experience: Experience, on_host: bool = True
 ) -> None:
     """Let curves take the place of clocks."""
-    costs = Costs(curves, learns=False)
+    costs = FixedCosts(curves)
 
     def controller(*arguments: Any) -> tuple[None, AutoController]:
         return None, AutoController(costs, experience, on_host, clock=lambda: 0.0)

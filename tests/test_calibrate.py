@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from fixed_costs import verify_ms
 from observers import snapshot
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -158,7 +159,7 @@ def test_stored_curves_are_rewritten_when_the_machine_has_left_them(llama: PreTr
     learned_of(draft, llama).refresh()
     stored = load_curves(path)
     assert stored == costs.curves
-    assert stored.verify_ms(4, 64) == pytest.approx(3.0)
+    assert verify_ms(stored, 4, 64) == pytest.approx(3.0)
     assert stored.level_ms == CURVES.level_ms
 
 
@@ -227,11 +228,11 @@ def test_a_busy_machine_is_told_from_a_quiet_one(llama: PreTrainedModel, monkeyp
     generator = random.Random(0)
     for slowest, warns in ((1.05, False), (6.0, True)):
 
-        def verify_ms(verifier: object, rows: int, slowest: float = slowest) -> float:
+        def timed(verifier: object, rows: int, slowest: float = slowest) -> float:
             return 0.01 * rows * generator.uniform(1.0, slowest)
 
-        monkeypatch.setattr("hf_dovetail.calibrate._verify_ms", verify_ms)
-        calibrate(llama, draft, progress=False, budget_s=0.5, store=False)
+        monkeypatch.setattr("hf_dovetail.calibrate._verify_ms", timed)
+        calibrate(llama, draft, progress=False, budget_s=0.5)
         assert bool(messages) == warns
     assert "busy" in messages[0]
     steady = [[1.0, 9.0]] * 8

@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from fixed_costs import FixedCosts, verify_ms
 from machines import MACHINES, ROWS, machine
 from texts import humaneval_prompts
 
@@ -81,12 +82,12 @@ def recorded(records: dict[str, list[Recorded]]) -> list[Recorded]:
 
 
 def round_ms(curves: CostCurves, levels: int, nodes: int) -> float:
-    return (curves.first_ms + (levels - 1) * curves.level_ms if levels else 0.0) + curves.verify_ms(nodes + 1, 0)
+    return (curves.first_ms + (levels - 1) * curves.level_ms if levels else 0.0) + verify_ms(curves, nodes + 1, 0)
 
 
 def brute_force(rounds: list[Recorded], curves: CostCurves) -> float:
     """Tokens per ms of the best fixed shape: every depth, every number of nodes, knowing all rounds."""
-    best = 1 / curves.verify_ms(1, 0)
+    best = 1 / verify_ms(curves, 1, 0)
     for levels in range(1, LARGEST.levels + 1):
         trees = [r.grown(levels, r.tree.log_probs.numpy()[0, 1:]) for r in rounds]
         hits = np.zeros(LARGEST.nodes + 1)
@@ -118,7 +119,7 @@ def play(
     rounds: list[Recorded], curves: CostCurves, experience: Experience, on_host: bool = True, remaining: int = 1000
 ) -> Played:
     """Let a controller size the trees of these rounds at these costs, as the loop would."""
-    controller = AutoController(Costs(curves, learns=False), experience, on_host, clock=lambda: 0.0)
+    controller = AutoController(FixedCosts(curves), experience, on_host, clock=lambda: 0.0)
     played = Played()
     for r in rounds:
         shape = controller.plan(LARGEST, 0, 3, remaining)
@@ -127,10 +128,8 @@ def play(
             scores = sums_of(r.tree, gains_of(r.tree, controller.shifts))
             levels = 1 if on_host else shape.levels
             while on_host and levels < shape.levels:
-                depths, order = r.tree.depths[0, 1:].sort(stable=True)
-                found = int((depths <= levels).sum())
-                by_level = torch.from_numpy(scores.astype(np.float32))[order[:found]]
-                if not controller.keep_going(levels, by_level, depths[:found]):
+                found = r.tree.depths.numpy()[0, 1:] == levels
+                if not controller.keep_going(levels, scores[found].astype(np.float32)):
                     break
                 levels += 1
             tree = r.grown(levels, scores)
@@ -171,7 +170,7 @@ def test_as_fast_as_the_best_fixed_shape_that_brute_force_finds(
     later = play(mixed, curves, experience, on_host)
     best = brute_force(recorded, curves)
     assert later.pace > share * best, later.pace / best
-    assert min(first.pace, later.pace) > 0.93 / curves.verify_ms(1, 0)
+    assert min(first.pace, later.pace) > 0.93 / verify_ms(curves, 1, 0)
 
 
 def test_the_machine_decides_the_tree(recorded: list[Recorded]) -> None:
@@ -189,7 +188,7 @@ def test_a_draft_that_is_never_right_is_left_alone(name: str, draft: str, record
     """A confident draft whose every node is rejected: at least 0.93 of plain speed at first, 0.97 soon."""
     wrong = [Recorded(r.tree, frozenset({0})) for r in recorded]
     curves, experience = machine(name, draft), Experience()
-    plain = 1 / curves.verify_ms(1, 0)
+    plain = 1 / verify_ms(curves, 1, 0)
     assert play(wrong, curves, experience).pace > 0.93 * plain
     play(wrong, curves, experience)
     later = play(wrong, curves, experience)
@@ -204,10 +203,10 @@ def test_trees_come_back_when_the_draft_is_right_again(recorded: list[Recorded])
     wrong = [Recorded(r.tree, frozenset({0})) for r in recorded]
     for _ in range(3):
         play(wrong, curves, experience)
-    assert experience.pause >= 32
+    assert experience.pauses.length >= 32
     for _ in range(6):
         last = play(recorded, curves, experience)
-    assert experience.pause == 0
+    assert experience.pauses.length == 0
     assert last.plain < 0.1 * len(recorded)
     assert last.pace > 0.95 * brute_force(recorded, curves)
 
@@ -218,7 +217,7 @@ def test_a_prompt_is_only_read_by_the_draft_for_an_answer_that_pays(recorded: li
     experience = Experience()
     play(recorded, curves, experience)
     for remaining, pays in ((4, False), (200, True)):
-        controller = AutoController(Costs(curves, learns=False), experience)
+        controller = AutoController(FixedCosts(curves), experience)
         assert (controller.plan(LARGEST, 4000, 4000, remaining).nodes > 0) == pays
 
 
@@ -319,16 +318,16 @@ def test_costs_are_learned_from_rounds_and_a_hiccup_is_not() -> None:
     costs, truth = Costs(None), machine("linear", "medium")
     for step in range(120):
         rows = (1, 8, 16, 4)[step % 4]
-        costs.learn_verify(rows, 0, truth.verify_ms(rows, 0))
+        costs.learn_verify(rows, 0, verify_ms(truth, rows, 0))
         costs.learn_draft(3, 5, truth.first_ms + 4 * truth.level_ms, truth.level_ms)
     before = costs.table(0).copy()
-    np.testing.assert_allclose(before[[1, 4, 8, 16]], [truth.verify_ms(r, 0) for r in (1, 4, 8, 16)], rtol=0.03)
+    np.testing.assert_allclose(before[[1, 4, 8, 16]], [verify_ms(truth, r, 0) for r in (1, 4, 8, 16)], rtol=0.03)
     assert costs.draft_ms(5) == pytest.approx(truth.first_ms + 4 * truth.level_ms, rel=0.03)
-    costs.learn_verify(8, 0, 10 * truth.verify_ms(8, 0))
+    costs.learn_verify(8, 0, 10 * verify_ms(truth, 8, 0))
     assert 1.0 < costs.table(0)[8] / before[8] < 1.06
     for _ in range(60):
-        costs.learn_verify(8, 0, 3 * truth.verify_ms(8, 0))
-    assert costs.table(0)[8] == pytest.approx(3 * truth.verify_ms(8, 0), rel=0.05)
+        costs.learn_verify(8, 0, 3 * verify_ms(truth, 8, 0))
+    assert costs.table(0)[8] == pytest.approx(3 * verify_ms(truth, 8, 0), rel=0.05)
 
 
 def test_drift_is_noticed_and_rescaled_away() -> None:
@@ -336,14 +335,14 @@ def test_drift_is_noticed_and_rescaled_away() -> None:
     curves = machine("memory-bound", "medium")
     costs = Costs(curves)
     for step in range(WINDOW):
-        costs.learn_verify(8, 0, (5 if step < 10 else 1.1) * curves.verify_ms(8, 0))
+        costs.learn_verify(8, 0, (5 if step < 10 else 1.1) * verify_ms(curves, 8, 0))
     assert costs.drift() is None
     for _ in range(WINDOW):
-        costs.learn_verify(8, 0, 2 * curves.verify_ms(8, 0))
+        costs.learn_verify(8, 0, 2 * verify_ms(curves, 8, 0))
     verify, draft = costs.drift()
     assert (verify, draft) == (pytest.approx(2), 1)
     costs.rescale(verify, draft)
-    assert costs.curves.verify_ms(1, 0) == pytest.approx(2 * curves.verify_ms(1, 0))
+    assert verify_ms(costs.curves, 1, 0) == pytest.approx(2 * verify_ms(curves, 1, 0))
     assert costs.curves.level_ms == curves.level_ms
     assert costs.drift() is None
 
@@ -376,7 +375,7 @@ def test_an_estimate_starts_with_what_it_sees() -> None:
 def test_numbers_that_are_no_curves_are_refused(changes: dict) -> None:
     values = {"rows": ROW_POINTS, "contexts": (0,), "verify": (tuple([1.0] * 7),)}
     costs = {"first_ms": 1.0, "row_ms": 0.1, "level_ms": 0.5}
-    assert CostCurves(**values, **costs).verify_ms(32, 100) == 1.0
+    assert verify_ms(CostCurves(**values, **costs), 32, 100) == 1.0
     with pytest.raises(ValueError, match=r"cost curves|time"):
         CostCurves(**{**values, **costs, **changes})
 
@@ -384,10 +383,8 @@ def test_numbers_that_are_no_curves_are_refused(changes: dict) -> None:
 def test_curves_are_bilinear() -> None:
     line = tuple(float(rows) for rows in ROW_POINTS)
     curves = CostCurves(ROW_POINTS, (100, 200), (line, tuple(3 * x for x in line)), 1.0, 0.1, 0.5)
-    assert [curves.verify_ms(rows, 100) for rows in (1, 3, 12, 32)] == [1, 3, 12, 32]
-    assert [curves.verify_ms(12, context) for context in (0, 150, 200, 300)] == [12, 24, 36, 60]
-    with pytest.raises(ValueError, match="from 1 to 32 rows, got 33"):
-        curves.verify_ms(33, 100)
+    assert [verify_ms(curves, rows, 100) for rows in (1, 3, 12, 32)] == [1, 3, 12, 32]
+    assert [verify_ms(curves, 12, context) for context in (0, 150, 200, 300)] == [12, 24, 36, 60]
 
 
 @pytest.mark.parametrize("nodes", [0, 1, 5, 11, 12, 40])
@@ -410,12 +407,12 @@ def test_the_best_nodes_of_a_tree_are_a_tree(nodes: int) -> None:
 def test_a_level_more_is_tried_where_levels_have_kept_their_probability(retention: float, goes_on: bool) -> None:
     """A level costs 0.4 tokens here, and its parent has 0.9 of one: what past levels left of that decides."""
     experience = Experience()
-    experience.kept = retention * experience.mass
+    depths = experience.depths
+    depths.kept = retention * depths.mass
     controller = AutoController(Costs(CostCurves(ROWS, (0,), ((10.0,) * len(ROWS),), 0.1, 0.01, 4.0)), experience)
     controller.plan(LARGEST, 100, 1, 100)
-    scores = torch.tensor([0.9, 0.45]).log()
-    assert controller.keep_going(1, scores[:1], torch.tensor([1])) is goes_on
-    before = experience.retention(1)
-    controller.keep_going(2, scores, torch.tensor([1, 2]))
-    assert abs(experience.retention(1) - 0.5) < abs(before - 0.5)
-    assert experience.retention(2) == before
+    assert controller.keep_going(1, np.log([0.9], dtype=np.float32)) is goes_on
+    before = depths.retention(1)
+    controller.keep_going(2, np.log([0.45], dtype=np.float32))
+    assert abs(depths.retention(1) - 0.5) < abs(before - 0.5)
+    assert depths.retention(2) == before

@@ -224,12 +224,13 @@ def test_what_was_loaded_can_be_saved_as_ours(name: str, tmp_path: Path) -> None
     assert all(torch.equal(first.state_dict()[name], tensor) for name, tensor in again.state_dict().items())
 
 
-def test_curves_are_measured_with_inner_layers_too(tmp_path: Path) -> None:
+def test_curves_are_measured_with_inner_layers_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards calibration and the automatic tree, for drafts that read several layers."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     case = CASES["eagle3"]
     target = case.target()
     draft = loaded(case, tmp_path)
-    curves = calibrate(target, draft, progress=False, budget_s=0.1, store=False)
+    curves = calibrate(target, draft, progress=False, budget_s=0.1)
     assert curves.level_ms >= 0
     draft.tree = "auto"
     tiny.both(target, draft, tiny.prompt(), max_new_tokens=12)

@@ -20,6 +20,8 @@ LAYERS = (
         "threads",
         "curves",
         "acceptance",
+        "pauses",
+        "depths",
         "rows",
         "lookup",
         "draws",

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from fixed_costs import FixedCosts
 from machines import at_these_costs, machine
 from torch import Tensor
 
 from hf_dovetail import TreeShape
 from hf_dovetail.accept import Accepted
 from hf_dovetail.controller import AutoController, Found
-from hf_dovetail.costs import Costs
 from hf_dovetail.demo import load_pair
 from hf_dovetail.experience import LARGEST, Experience
 from hf_dovetail.lookup import CLASSES, SAYS, Lookup, match_class
@@ -78,7 +78,7 @@ def rounds_of(controller: AutoController, count: int, right: bool) -> list[int]:
 def test_it_is_trusted_while_it_is_right() -> None:
     """Also where no tree of the draft pays; and learned from what comes, though nothing of it is verified."""
     curves, experience = machine("linear", "slow"), Experience()
-    controller = AutoController(Costs(curves, learns=False), experience, clock=lambda: 0.0)
+    controller = AutoController(FixedCosts(curves), experience, clock=lambda: 0.0)
     assert rounds_of(controller, 20, True)[-1] == 6
     wrong = rounds_of(controller, 60, False)
     assert wrong[0] == 6
@@ -104,7 +104,7 @@ def test_what_both_propose_is_one_node() -> None:
 
 def test_a_chain_stays_a_chain() -> None:
     """Guards targets that cannot verify branches."""
-    controller = AutoController(Costs(machine("flat", "fast"), learns=False), Experience(), clock=lambda: 0.0)
+    controller = AutoController(FixedCosts(machine("flat", "fast")), Experience(), clock=lambda: 0.0)
     chain = DraftTree(torch.tensor([[1, 5, 6]]), torch.tensor([[-1, 0, 1]]), torch.tensor([[0.0, -0.1, -0.2]]))
     most = TreeShape(20, 19, 1)
     for tokens, expected in (([5, 6, 7], [5, 6, 7]), ([5, 7], [5, 6]), ([7, 7], [5, 6]), ([5], [5, 6])):
@@ -161,7 +161,7 @@ def test_a_draft_that_only_says_what_lookup_says_is_left_alone() -> None:
     asked = []
     for finds in (True, False):
         controller = AutoController(
-            Costs(machine("linear", "medium"), learns=False), Experience(), on_host=False, clock=lambda: 0.0
+            FixedCosts(machine("linear", "medium")), Experience(), on_host=False, clock=lambda: 0.0
         )
         found, drafted = Found([5, 6, 7, 8] if finds else [], 8 * finds), 0
         for turn in range(200):
@@ -184,7 +184,7 @@ def test_what_follows_a_wrong_token_says_nothing() -> None:
     shifts = []
     for tokens in ((5, 40), (5, 40, 7, 8)):
         experience = Experience()
-        controller = AutoController(Costs(machine("flat", "fast"), learns=False), experience, clock=lambda: 0.0)
+        controller = AutoController(FixedCosts(machine("flat", "fast")), experience, clock=lambda: 0.0)
         controller.plan(TreeShape(0, 0, 10), 0, 0, 1000)
         controller.choose(DraftTree.root_only(torch.zeros(1, 1, dtype=torch.long)), Found([5, 6, 7, 8], 3), LARGEST)
         root = DraftTree.root_only(torch.zeros(1, 1, dtype=torch.long))

@@ -38,7 +38,6 @@ DRAFT = DraftSizes(
     prompt_row=2 * 2 * WIDTH,
     working=256 * 2 * 3 * (WIDTH + INNER) + 120 * VOCAB,
     shares_embedding=True,
-    shares_head=True,
 )
 LIMITS = Limits(budget=7 * GIB, context=2048, nodes=31, headroom=96 * MIB)
 
@@ -99,7 +98,7 @@ def test_shared_weights_are_counted_once() -> None:
     tied = plan(replace(LLAMA_2_7B, tied=True), DRAFT, LIMITS)
     assert tied.of("embeddings") == 0
     assert tied.of("LM head") == HEAD
-    own = plan(LLAMA_2_7B, replace(DRAFT, shares_embedding=False, shares_head=False), LIMITS)
+    own = plan(LLAMA_2_7B, replace(DRAFT, shares_embedding=False), LIMITS)
     assert own.of("embeddings") == 0
     assert plan(LLAMA_2_7B, None, LIMITS).of("embeddings", "draft", "draft's cache") == 0
 

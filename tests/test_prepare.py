@@ -182,11 +182,11 @@ def test_sizes_are_read_off_the_model() -> None:
     assert sizes.weights == sum(sizes.blocks) + 4 * (4 * 32 * 32 + 32)
     assert sizes.eighth == sizes.weights // 4 + 3 * 32 * 4  # norms stay: one of the fusion, 1 + 2 of the blocks
     assert sizes.position == 2 * 2 * 2 * 8 * 4
-    assert (sizes.prompt_row, sizes.shares_embedding, sizes.shares_head) == (2 * 32 * 4, True, True)
+    assert (sizes.prompt_row, sizes.shares_embedding) == (2 * 32 * 4, True)
     lm = DovetailAssistantModel.from_causal_lm(tiny.build("llama"))
     sizes = prepare.draft_sizes_of(lm, llama)
     assert sizes.weights == sum(p.nbytes for p in lm.parameters()) + sum(b.nbytes for b in lm.buffers())
-    assert (sizes.blocks, sizes.prompt_row, sizes.shares_embedding, sizes.shares_head) == ((), 0, False, False)
+    assert (sizes.blocks, sizes.prompt_row, sizes.shares_embedding) == ((), 0, False)
 
 
 def tied(family: str) -> tuple:

@@ -161,6 +161,12 @@ def test_top_k_of_zero_is_refused_and_zero_nodes_is_not() -> None:
     assert TreeShape(nodes=0).levels == 0
 
 
+def test_a_shape_within_another_exceeds_neither() -> None:
+    assert TreeShape(16, 2, 10).within(TreeShape(9, 7, 4)) == TreeShape(9, 2, 4)
+    assert TreeShape(16, 2, 10).within(TreeShape(0, 3, 4)) == TreeShape(0, 0, 4)
+    assert TreeShape(0, 2, 10).within(TreeShape(9, 7, 4)) == TreeShape(0, 0, 4)
+
+
 def test_the_default_shape_is_the_papers_server_setting() -> None:
     assert TreeShape() == TreeShape(nodes=16, depth=7, top_k=10)
     assert TreeShape().levels == 8

@@ -85,13 +85,13 @@ def median_ms(call: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times)
 
 
-def read_bandwidth(repeats: int = 7, buffer_bytes: int = BUFFER_BYTES) -> dict[str, Any]:
+def read_bandwidth(repeats: int = 7) -> dict[str, Any]:
     """How fast all threads together read memory, in GB/s (1e9 bytes): the best of several ways to read a buffer.
 
     The buffer lies in large pages, as packed weights do. Each way is the median of `repeats` reads of a float32
     buffer; `read_gb_s` is the fastest way's, so that what is a percentage of it is not flattered.
     """
-    buffer = pages.copy(torch.ones(1).expand(buffer_bytes // 4))
+    buffer = pages.copy(torch.ones(1).expand(BUFFER_BYTES // 4))
     integers = buffer.view(torch.int64)
     ways = {"sum_float32": buffer.sum, "dot_float32": lambda: torch.dot(buffer, buffer), "sum_int64": integers.sum}
     rates = {name: buffer.nbytes / median_ms(way, repeats) / 1e6 for name, way in ways.items()}
