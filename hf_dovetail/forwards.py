@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 from torch import nn
 
 _PACKAGE = __name__.split(".")[0]
 
 
-def stand_in(module: nn.Module, function: Callable) -> partial | None:
+def stand_in(module: Any, function: Callable) -> partial | None:
     """The partial of `function` that stands in for a module's forward, if it is one."""
-    forward = vars(module).get("forward")
+    forward = vars(module).get("forward") if isinstance(module, nn.Module) else None
     return forward if isinstance(forward, partial) and forward.func is function else None
 
 

@@ -19,14 +19,21 @@ def takes_grouped(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
     """Whether `grouped_attention` is for these: few rows that see what a mask says, of heads that share keys."""
     rows = query.shape[2]
     few = query.shape[1] != key.shape[1] and rows <= MOST_ROWS and (rows == 1 or mask is not None)
-    return few and query.device.type == "cpu" and not query.requires_grad
+    plain = mask is None or (is_for(mask, query, key) and mask.dtype in (torch.bool, query.dtype))
+    return few and plain and query.device.type == "cpu" and not query.requires_grad
+
+
+def is_for(mask: Tensor, query: Tensor, key: Tensor) -> bool:
+    """Whether a mask is (1 or B, 1, 1 or T, S) for these, one for all heads."""
+    batch, heads, rows, keys = mask.shape if mask.ndim == 4 else (0, 0, 0, 0)
+    return heads == 1 and keys == key.shape[2] and batch in (1, query.shape[0]) and rows in (1, query.shape[2])
 
 
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Softmax attention.
 
     Args:
-        query: (B, H, T, D). key, value: (B, G, S, D), H a multiple of G. mask: (B, 1, T, S) bool or additive, or None.
+        query: (B, H, T, D). key, value: (B, G, S, D), H a multiple of G. mask: that `takes_grouped` takes, or None.
         scale: what scores are multiplied by.
 
     Returns:
@@ -47,7 +54,7 @@ def _bias(mask: Tensor | None, folded: Tensor, keys: int, share: int) -> Tensor:
         return folded.new_empty(1)  # not read
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=folded.dtype).masked_fill_(~mask, torch.finfo(folded.dtype).min)
-    batch, rows = mask.shape[0], mask.shape[2]
+    batch, rows = mask.shape[0], folded.shape[1] // share
     groups = folded.shape[0] // batch
-    mask = mask[..., :keys].unsqueeze(1).expand(batch, groups, share, rows, keys)
+    mask = mask.unsqueeze(1).expand(batch, groups, share, rows, keys)
     return mask.reshape(batch * groups, share * rows, keys)

@@ -159,7 +159,7 @@ def _copies(network: DraftNetwork | RecastLM) -> bool:
 def _identity(network: DraftNetwork | RecastLM) -> tuple:
     """Changes with the weights that are computed with: if they are copied, with their content."""
     copies = _copies(network)
-    found: list = [copies]
+    found: list = [copies, *(_settings(block) for block in network.blocks)]
     for tensor in _tensors(network):
         if isinstance(tensor, PackedWeight):
             found.append(id(tensor.kernel))
@@ -171,6 +171,11 @@ def _identity(network: DraftNetwork | RecastLM) -> tuple:
 def _norm(module: nn.Module) -> Norm:
     """`blocks.RMSNorm`, or none in place of `nn.Identity`."""
     return (module.weight.detach(), module.eps) if isinstance(module, RMSNorm) else NO_NORM
+
+
+def _settings(block: DecoderBlock) -> tuple:
+    """What a block is computed with besides weights."""
+    return activations.function_of(block.mlp.act_fn), *(_norm(norm)[1] for norm in _norms(block))
 
 
 def _kernels(block: DecoderBlock, copies: bool) -> DecoderLayer:

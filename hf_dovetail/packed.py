@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils import _pytree
 
@@ -142,7 +143,14 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         return F.linear(input.kernel.dense(), weight, bias)
     if torch.is_autocast_enabled("cpu") and input.dtype == torch.float32:
         input = input.to(torch.get_autocast_dtype("cpu"))
-    if torch.is_grad_enabled() and input.requires_grad:  # the kernels have no derivative
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace cannot follow the kernels of a prepared model; call restore_target(model) and trace it "
+            "then, or use torch.compile"
+        )
+    derives = (torch.is_grad_enabled() and input.requires_grad) or forward_ad._current_level >= 0
+    fits = input.shape[-1] == weight.shape[1] and (bias is None or bias.shape == weight.shape[:1])
+    if derives or not fits:  # the kernels have no derivative, and only torch knows what fits otherwise
         return F.linear(input, weight.kernel.dense(), bias)
     return weight.kernel.linear(input, bias)
 

@@ -24,6 +24,7 @@ _GATES = {"silu": (1.0, 0.0), "swish": (1.0, 0.0), "quick_gelu": (1.702, 0.0)} |
 )
 """The a and b of x * sigmoid(x * (a + b * x * x)); (1 + tanh y) / 2 is sigmoid(2 y)."""
 _NAME_OF = {type(ACT2FN[name]): name for name in _GATES}
+_FUNCTION_OF = {kind: kind.forward for kind in _NAME_OF}  # somebody may put another in its place later
 
 
 def switch_on(model: PreTrainedModel) -> None:
@@ -33,7 +34,7 @@ def switch_on(model: PreTrainedModel) -> None:
     for module in model.modules():
         name = function_of(module)
         if name is not None and "forward" not in vars(module):
-            module.forward = partial(_forward, name)
+            module.forward = partial(_forward, module, name)
 
 
 def switch_off(model: PreTrainedModel) -> None:
@@ -43,13 +44,15 @@ def switch_off(model: PreTrainedModel) -> None:
 
 def function_of(module: nn.Module) -> str | None:
     """The name of the function that a module stands for, or None if the kernel does not know it."""
-    return None if getattr(module, "inplace", False) else _NAME_OF.get(type(module))
+    kind = type(module)
+    known = kind in _NAME_OF and kind.forward is _FUNCTION_OF[kind] and not getattr(module, "inplace", False)
+    return _NAME_OF[kind] if known else None
 
 
 def name_of(module: nn.Module) -> str | None:
     """The name of the function that a module computes by the kernel, or None if it does not."""
     forward = stand_in(module, _forward)
-    return None if forward is None else forward.args[0]
+    return function_of(module) if forward is not None and forward.args[1] == function_of(module) else None
 
 
 def coefficients_of(name: str) -> tuple[float, float]:
@@ -65,14 +68,13 @@ def gated(name: str, gate: Tensor, factor: Tensor) -> Tensor:
     return _computed(native.loaded()[0], name, gate, factor)
 
 
-def _forward(name: str, input: Tensor) -> Tensor:
-    """(..., n) in its own precision; what the kernel does not take goes to transformers' function of this name."""
-    if torch.compiler.is_compiling():  # it is better part of what torch writes around it
-        return ACT2FN[name](input)
+def _forward(module: nn.Module, name: str, input: Tensor) -> Tensor:
+    """(..., n) in its own precision; what the kernel does not take goes to the module's own function."""
+    kernels = native.kernels()
+    known = kernels is not None and function_of(module) == name
     supported = input.dtype in (torch.bfloat16, torch.float32) and input.device.type == "cpu" and input.ndim > 0
-    kernels = native.loaded()[0]
-    if kernels is None or not supported or input.requires_grad or input.numel() == 0:
-        return ACT2FN[name](input)
+    if not known or not supported or input.requires_grad or input.numel() == 0:
+        return type(module).forward(module, input)
     rows = input.reshape(-1, input.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     return _computed(kernels, name, rows).view(input.shape)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..grouped import MOST_ROWS, NAME, grouped_attention, takes_grouped
+from ..grouped import MOST_ROWS, NAME, grouped_attention, is_for, takes_grouped
 from . import native
 
 _NO_MASK, _BOOL_MASK, _ADDED_MASK = range(3)
@@ -42,14 +43,14 @@ def exact_attention(
     Returns:
         (B, T, H, D) and None.
     """
-    kernels = None if torch.compiler.is_compiling() else native.loaded()[0]  # torch's own operations can be traced
+    kernels = native.kernels()
     given = query, key, value, attention_mask
     if torch.is_autocast_enabled("cpu"):  # what it left in another precision meets here
         given = [each if each is None or each.dtype == torch.bool else each.to(query.dtype) for each in given]
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     if kernels is not None and not dropout and takes(*given):
         return _attend(kernels, *given, scale), None
-    if not dropout and takes_grouped(query, key, attention_mask):
+    if not dropout and not torch.jit.is_tracing() and takes_grouped(query, key, attention_mask):
         return grouped_attention(query, key, value, attention_mask, scale), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
 
@@ -60,6 +61,8 @@ def switch_on(model: PreTrainedModel) -> str | None:
     before = text._attn_implementation
     heads, groups = getattr(text, "num_attention_heads", 0), getattr(text, "num_key_value_heads", None)
     if before != "sdpa" or (groups in (None, heads) and native.why_not() is not None):
+        return None
+    if ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward:  # somebody's own, under that name
         return None
     try:
         model.set_attn_implementation(NAME)
@@ -85,7 +88,7 @@ def takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> boo
         return False
     if mask is None:
         return True
-    plain = mask.shape[1] == 1 and mask.stride(3) == 1 and not mask.requires_grad
+    plain = is_for(mask, query, key) and mask.stride(3) == 1 and not mask.requires_grad
     return plain and mask.dtype in (torch.bool, query.dtype)
 
 

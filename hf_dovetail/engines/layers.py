@@ -36,6 +36,7 @@ _ATTENTIONS: dict[str, tuple[str, ...]] = {"llama": (), "mistral": (), "qwen2": 
 _ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 _NORMS = ("input_layernorm", "post_attention_layernorm")
+_LINEAR = nn.Linear.forward  # somebody may put another in its place later
 _ROTARY, _HALF = "apply_rotary_pos_emb", "rotate_half"
 _QUIET, _HOOKS = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"), "_forward_hooks"
 
@@ -70,14 +71,24 @@ class _Lean:
 
     @property
     def layer(self) -> nn.Module:
-        """The layer."""
-        return self._layer()
+        """The layer.
+
+        Raises:
+            RuntimeError: if it is gone.
+        """
+        layer = self._layer()
+        if layer is None:
+            raise RuntimeError(
+                "a shallow copy of a prepared decoder layer has outlived the layer; copy it by copy.deepcopy, or "
+                "before prepare_target"
+            )
+        return layer
 
     def parts(self) -> _Parts | None:
         """The layer's parts, or None if it has to run as it is."""
-        parts = self._parts
-        if parts is None or not (parts.found.unchanged() and parts.unmoved()):
-            parts = self._parts = _look_into(self.layer)
+        parts, layer = self._parts, self.layer
+        if parts is None or type(layer) is not parts.kind or not (parts.found.unchanged() and parts.unmoved()):
+            parts = self._parts = _look_into(layer)
         return None if parts is None or parts.found.watched() else parts
 
 
@@ -100,9 +111,10 @@ def _forward(
         (B, T, h).
     """
     options |= {"position_ids": position_ids, "use_cache": use_cache}
-    layer, takes = lean.layer, not torch.compiler.is_compiling() and _takes(hidden_states, position_embeddings)
+    layer = lean.layer
+    takes = native.kernels() is not None and _takes(hidden_states, position_embeddings)
     parts = lean.parts() if takes and not layer.training else None
-    if parts is None or not parts.fit(hidden_states):
+    if parts is None or not parts.fit(hidden_states, position_embeddings[0]):
         options |= {"attention_mask": attention_mask, "past_key_values": past_key_values}
         return type(layer).forward(layer, hidden_states, position_embeddings=position_embeddings, **options)
     compute = parts.kernels[1].compute
@@ -166,13 +178,15 @@ class _Parts:
     """What a layer is computed from, looked up once.
 
     Args:
-        found: where it comes from.
+        kind: the layer's class.
+        found: where the rest comes from.
         attention: the module.
         norms: of the layer's input, of the MLP's, and of queries and keys, if there are any.
         linears: of queries, keys and values; back from attention; the gated MLP, and back.
         activation: the name of the gate's function.
     """
 
+    kind: type
     found: _Found
     attention: nn.Module
     norms: tuple[nn.Module, ...]
@@ -194,20 +208,22 @@ class _Parts:
         return [*(norm.weight for norm in self.norms), *(bias for bias in biases if bias is not None)]
 
     def _settings(self) -> tuple:
-        """Changes with what the kernels would not notice: where small weights lie, and numbers."""
-        epsilons = [norm.variance_epsilon for norm in self.norms]
-        return self.attention.head_dim, list(map(Tensor.data_ptr, self._small_weights)), epsilons
+        """Changes with what the kernels would not notice: how small weights lie in memory, and numbers."""
+        weights, epsilons = self._small_weights, [norm.variance_epsilon for norm in self.norms]
+        places, sizes = list(map(Tensor.data_ptr, weights)), list(map(Tensor.numel, weights))
+        kinds = [weight.dtype for weight in weights]
+        return self.attention.head_dim, places, sizes, kinds, all(map(Tensor.is_contiguous, weights)), epsilons
 
     def unmoved(self) -> bool:
         """Whether the kernels read what the modules hold."""
         return self.kernels[0] == self._settings()
 
-    def fit(self, hidden: Tensor) -> bool:
-        """Whether hidden states have the weights' precision, and the model uses this package's attention."""
-        dtype, attention = hidden.dtype, self.attention
-        if attention.training or attention.config._attn_implementation != NAME or self.linears[0].dtype != dtype:
+    def fit(self, hidden: Tensor, cosines: Tensor) -> bool:
+        """Whether states are as wide and precise as the weights, and the model uses this package's attention."""
+        attention, weight = self.attention, self.norms[0].weight
+        if attention.training or attention.config._attn_implementation != NAME or weight.dtype != hidden.dtype:
             return False
-        return all(norms.can_normalise(norm.weight, dtype) for norm in self.norms)
+        return hidden.shape[2] == len(weight) and cosines.shape[2] == attention.head_dim
 
 
 def _look_into(layer: nn.Module) -> _Parts | None:
@@ -218,22 +234,40 @@ def _look_into(layer: nn.Module) -> _Parts | None:
     if not all(type(each) is nn.Linear and isinstance(each.weight, PackedWeight) for each in linears):
         return None
     head_norms = _names_of_head_norms(layer)
-    if head_norms is None or len({each.weight.dtype for each in linears}) != 1:
+    if head_norms is None or not all(map(_are_plain, linears)) or len({each.weight.dtype for each in linears}) != 1:
         return None
-    norms_within = [getattr(layer, name) for name in _NORMS] + [getattr(attention, name) for name in head_norms]
+    width, dtype = linears[0].weight.shape[1], linears[0].weight.dtype
+    norms_within = [(getattr(layer, name), width) for name in _NORMS]
+    norms_within += [(getattr(attention, name), attention.head_dim) for name in head_norms]
     activation = activations.name_of(mlp.act_fn)
-    if activation is None or not all(map(norms.is_on, norms_within)):
+    if activation is None or not all(_is_plain_norm(norm, dtype, size) for norm, size in norms_within):
         return None
     if not all(map(_runs_its_class, (attention, mlp, *linears))):
         return None
     query, key, value, output, gate, up, down = linears
     return _Parts(
+        kind=type(layer),
         found=_found(layer, type(attention).forward.__globals__),
         attention=attention,
-        norms=tuple(norms_within),
+        norms=tuple(norm for norm, _ in norms_within),
         linears=(Linears.of(query, key, value), Linears.of(output), Linears.of(gate, up), Linears.of(down)),
         activation=activation,
     )
+
+
+def _is_plain_norm(norm: nn.Module, dtype: torch.dtype, size: int) -> bool:
+    """Whether a norm runs on the kernel, and its weight is a parameter that the kernel takes."""
+    weight = norm._parameters.get("weight")
+    known = norms.is_on(norm) and norm.weight is weight and isinstance(norm.variance_epsilon, (int, float))
+    return known and norms.can_normalise(weight, dtype, size)
+
+
+def _are_plain(linear: nn.Linear) -> bool:
+    """Whether a linear layer computes what torch's do, and its bias is a parameter with a number for each output."""
+    bias = linear.bias
+    if nn.Linear.forward is not _LINEAR or bias is not linear._parameters.get("bias"):
+        return False
+    return bias is None or (bias.shape == linear.weight.shape[:1] and bias.dtype == linear.weight.dtype)
 
 
 def _found(layer: nn.Module, functions: dict[str, Any]) -> _Found:

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from transformers.utils import logging
 
@@ -72,6 +73,15 @@ def loaded() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or None and the reason why there is none."""
     with _lock:
         return _load()
+
+
+def kernels() -> ctypes.CDLL | None:
+    """The library, unless somebody follows torch's operations, of which its calls are none.
+
+    That is torch.compile, torch.jit.trace and forward-mode derivatives.
+    """
+    followed = torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0
+    return None if followed else loaded()[0]
 
 
 @functools.cache

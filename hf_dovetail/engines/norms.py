@@ -5,6 +5,8 @@ A row's result does not depend on the rows beside it, and is rounded as transfor
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -21,7 +23,7 @@ def switch_on(model: PreTrainedModel) -> None:
     if native.why_not() is not None:
         return
     for module in model.modules():
-        if _is_llamas(module) and "forward" not in vars(module):
+        if "forward" not in vars(module) and _is_llamas(type(module)):
             module.forward = partial(_forward, module)
 
 
@@ -31,34 +33,43 @@ def switch_off(model: PreTrainedModel) -> None:
 
 
 def is_on(module: nn.Module) -> bool:
-    """Whether a module is a norm that runs on the kernel."""
-    return stand_in(module, _forward) is not None
+    """Whether a module is a norm that runs on the kernel, and computes what it computed when it was switched on."""
+    return stand_in(module, _forward) is not None and _is_llamas(type(module))
 
 
-def _is_llamas(module: nn.Module) -> bool:
+def _is_llamas(kind: type) -> bool:
     """Whether this is Llama's norm, or one of the copies of its code in other models of transformers."""
+    return _is_llamas_function(kind.forward) if hasattr(kind, "forward") else False
+
+
+@functools.cache
+def _is_llamas_function(forward: Callable) -> bool:
+    own = getattr(forward, "__module__", "").startswith("transformers.models.")
+    return own and same_code(forward, _llamas_function())
+
+
+@functools.cache
+def _llamas_function() -> Callable:
+    """Of Llama's norm, looked up once: somebody may put another in its place later."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm  # here: it imports the Auto classes
 
-    kind = type(module)
-    own = kind.__module__.startswith("transformers.models.")
-    return own and same_code(getattr(kind, "forward", None), LlamaRMSNorm.forward)
+    return LlamaRMSNorm.forward
 
 
 def _forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
     """(..., n) in its own precision; what the kernel does not take goes to the module's own function."""
     weight, dtype = module.weight, hidden_states.dtype
-    kernels = None if torch.compiler.is_compiling() else native.loaded()[0]
-    plain = dtype in (torch.bfloat16, torch.float32) and can_normalise(weight, dtype)
-    here = hidden_states.is_cpu and hidden_states.numel() > 0
+    plain = dtype in (torch.bfloat16, torch.float32) and hidden_states.is_cpu and hidden_states.numel() > 0
     learns = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
-    if kernels is None or not plain or not here or learns:
+    known = native.kernels() is not None and _is_llamas(type(module))
+    if not known or not plain or learns or not can_normalise(weight, dtype, hidden_states.shape[-1]):
         return type(module).forward(module, hidden_states)
     return normalised(hidden_states, weight, module.variance_epsilon)
 
 
-def can_normalise(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `normalised` takes a norm's weight, for hidden states on the CPU in this precision (bf16 or fp32)."""
-    return weight.dtype == dtype and weight.is_cpu and weight.is_contiguous()
+def can_normalise(weight: Tensor, dtype: torch.dtype, width: int) -> bool:
+    """Whether `normalised` takes a norm's weight, for states (..., width) on the CPU, in bf16 or fp32."""
+    return weight.shape == (width,) and weight.dtype == dtype and weight.is_cpu and weight.is_contiguous()
 
 
 def normalised(states: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
