@@ -18,8 +18,8 @@ from .blocks import DecoderBlock, DynamicGatingFusion, KeyValueStore, LinearFusi
 from .curves import MAX_ROWS
 from .engines import activations, native, norms
 from .engines.best import best
-from .engines.decoder_layer import NO_NORM, DecoderLayer, Linears
-from .engines.fused import Norm
+from .engines.decoder_layer import DecoderLayer, Linears
+from .engines.fused import NO_NORM, Norm
 from .engines.quantised import fingerprint
 from .forwards import is_hooked
 from .network import DraftNetwork

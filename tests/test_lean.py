@@ -33,14 +33,6 @@ pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.
 ENGINES = ("onednn", "int8", "int4")
 DTYPES = (torch.float32, torch.bfloat16)
 CONTEXT = 7
-WIDE = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-}
-"""Sizes from which oneDNN lays bf16 weights out as the native kernel reads them."""
 INNER = (
     "self_attn",
     "self_attn.q_proj",
@@ -148,7 +140,7 @@ def test_lean_layers_have_their_own_bits(family: str, dtype: torch.dtype, engine
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_wide_layers_have_their_own_bits(family: str, engine: str, taken: list) -> None:
-    check_bits(prepared(family, engine, **WIDE), taken)
+    check_bits(prepared(family, engine, **tiny.WIDE), taken)
 
 
 def check_bits(model: PreTrainedModel, taken: list) -> None:
@@ -190,7 +182,7 @@ def fused_layers(model: PreTrainedModel) -> int:
 @torch.no_grad()
 def test_layers_are_fused_where_native_kernels_multiply(dtype: torch.dtype, engine: str) -> None:
     """Else the tests of equal bits would compare the kernels, called one by one, with each other."""
-    model = prepared("qwen3", engine, dtype, **WIDE)
+    model = prepared("qwen3", engine, dtype, **tiny.WIDE)
     multiplies = engine != "onednn" or (dtype == torch.bfloat16 and "avx512_bf16" in native.cpu_flags())
     if engine == "int8" and "amx_int8" in native.cpu_flags():
         multiplies = False
@@ -201,7 +193,7 @@ def test_layers_are_fused_where_native_kernels_multiply(dtype: torch.dtype, engi
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_two_calls_do_not_take_has_the_same_bits(engine: str) -> None:
     """More rows than native products are for, and hidden states that do not lie together."""
-    model = prepared("llama", engine, **WIDE)
+    model = prepared("llama", engine, **tiny.WIDE)
     layer, wide = model.model.layers[0], torch.randn(1, 5, 256).bfloat16()
     given = [wide[..., ::2], wide[:, :, :128], torch.randn(2, 20, 128).bfloat16()]
 
@@ -241,7 +233,7 @@ def logits_while_weights_move(model: PreTrainedModel) -> list[Tensor]:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_weights_that_move_in_memory_are_followed(engine: str) -> None:
     """Guards the addresses that a fused layer holds: `.data` may be exchanged under the same parameter."""
-    model, other = (prepared("qwen2", engine, num_hidden_layers=3, **WIDE) for _ in range(2))
+    model, other = (prepared("qwen2", engine, num_hidden_layers=3, **tiny.WIDE) for _ in range(2))
     fused = fused_layers(model)
     found = logits_while_weights_move(model)
     assert fused_layers(model) == fused

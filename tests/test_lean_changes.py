@@ -21,20 +21,12 @@ from hf_dovetail import prepare_target
 from hf_dovetail.engines import native
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
-WIDE = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-}
-"""Sizes from which oneDNN lays bf16 weights out as the native kernel reads them, so that a layer is two calls."""
 IDS = tiny.prompt(5)
 
 
 def both(family: str = "llama", **changes: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
     """An unprepared model in bf16, with norms' weights and biases that matter, and the same one prepared."""
-    plain = tiny.build(family, **WIDE, **changes)
+    plain = tiny.build(family, **tiny.WIDE, **changes)
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
             if parameter.ndim == 1:
@@ -73,9 +65,8 @@ def parameter(*values: float) -> nn.Parameter:
     return nn.Parameter(torch.tensor(values).bfloat16())
 
 
-def shorten(layer: nn.Module) -> None:
-    weight = layer.input_layernorm.weight
-    weight.data = weight.data[:1]  # at the same address
+def shorten(norm: nn.Module) -> None:
+    norm.weight.data = norm.weight.data[:1]  # at the same address
 
 
 def spread(layer: nn.Module) -> None:
@@ -131,7 +122,8 @@ CHANGES: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
         "llama",
         lambda layer: setattr(layer.post_attention_layernorm, "weight", nn.Parameter(torch.tensor(-2.0).bfloat16())),
     ),
-    "a norm's weight shrinks in its place": ("llama", shorten),
+    "the input's norm shrinks in its place": ("llama", lambda layer: shorten(layer.input_layernorm)),
+    "the MLP's norm shrinks in its place": ("llama", lambda layer: shorten(layer.post_attention_layernorm)),
     "each head has a norm of its own": (
         "qwen3",
         lambda layer: setattr(

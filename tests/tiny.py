@@ -36,6 +36,15 @@ _BASE: dict[str, Any] = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
+WIDE = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+"""Sizes from which oneDNN lays bf16 weights out as the native kernels read them, so that a layer is two calls."""
+
 _MIXED = ["sliding_attention", "full_attention"]
 _MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _GPT2 = {

@@ -22,8 +22,6 @@ from .fused import FusedLayer, Geometry, Norm, Products
 from .native import NativeBf16
 from .quantised import parts_of_product, stack_of
 
-NO_NORM: Norm = (None, 0.0)
-
 
 class Cache(Protocol):
     """Where keys and values live: transformers' `Cache`, or the draft's rows."""
@@ -99,7 +97,7 @@ class DecoderLayer:
         gate_up: Linears,
         down: Linears,
         norms: tuple[Norm, Norm],
-        head_norms: tuple[Norm, Norm] = (NO_NORM, NO_NORM),
+        head_norms: tuple[Norm, Norm],
         *,
         head_dim: int,
         activation: str,

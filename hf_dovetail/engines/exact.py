@@ -50,7 +50,7 @@ def exact_attention(
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     if kernels is not None and not dropout and takes(*given):
         return _attend(kernels, *given, scale), None
-    if not dropout and not torch.jit.is_tracing() and takes_grouped(query, key, attention_mask):
+    if not dropout and takes_grouped(query, key, attention_mask):
         return grouped_attention(query, key, value, attention_mask, scale), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
 

@@ -69,6 +69,7 @@ class Geometry:
 
 Norm = tuple[Tensor | None, float]
 """A root-mean-square norm's weight, and its epsilon; None: no norm."""
+NO_NORM: Norm = (None, 0.0)
 
 
 class FusedLayer:
@@ -89,7 +90,7 @@ class FusedLayer:
         gate_up: Products,
         down: Products,
         norms: tuple[Norm, Norm],
-        head_norms: tuple[Norm, Norm] = ((None, 0.0), (None, 0.0)),
+        head_norms: tuple[Norm, Norm],
     ) -> None:
         self._kernels, self._geometry = native.loaded()[0], geometry
         self._held = qkv, out, gate_up, down, norms, head_norms

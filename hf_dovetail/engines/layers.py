@@ -29,7 +29,8 @@ from ..forwards import take_out
 from ..grouped import MOST_ROWS, NAME
 from ..packed import PackedWeight
 from . import activations, native, norms, rotary
-from .decoder_layer import NO_NORM, DecoderLayer, Linears
+from .decoder_layer import DecoderLayer, Linears
+from .fused import NO_NORM
 
 _ATTENTIONS: dict[str, tuple[str, ...]] = {"llama": (), "mistral": (), "qwen2": (), "qwen3": ("q_norm", "k_norm")}
 """Models of transformers whose attention is known, and its norms of queries and keys; each has a few copies."""
