@@ -16,22 +16,21 @@ TARGET static void work(void *argument) {
   const Activation *a = argument;
   const long number = a->threads > 1 ? dovetail_thread_number() : 0;
   const long threads = a->threads > 1 ? dovetail_team_size() : 1;
-  const long vectors = (a->width + 15) / 16, all = a->rows * vectors;
-  const __m512 one = _mm512_set1_ps(1.0f);
-  const __m512i sign = _mm512_set1_epi32((int)0x80000000);
-  const __m512 linear = _mm512_set1_ps(a->linear), cubic = _mm512_set1_ps(a->cubic);
-  for (long i = all * number / threads; i < all * (number + 1) / threads; i++) {
+  const long vectors = (a->width + 15) / 16, count = a->rows * vectors;
+  const Floats one = every(1.0f);
+  const Ints sign = every_int((int)0x80000000);
+  const Floats linear = every(a->linear), cubic = every(a->cubic);
+  for (long i = count * number / threads; i < count * (number + 1) / threads; i++) {
     const long row = i / vectors, at = i % vectors * 16;
-    const __m512 x = load(a->input, row * a->step + at, a->width - at, a->bf16);
-    const __m512 y = _mm512_mul_ps(x, _mm512_fmadd_ps(cubic, _mm512_mul_ps(x, x), linear));
+    const Floats x = load(a->input, row * a->step + at, a->width - at, a->bf16);
+    const Floats y = times(x, times_plus(cubic, times(x, x), linear));
     /* exp(-|y|) */
-    const __m512 small = exponential(_mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(y), sign)));
-    const __m512 above = _mm512_mask_mov_ps(small, _mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_GE_OQ), one);
-    const __m512 gate = _mm512_div_ps(above, _mm512_add_ps(one, small));
-    __m512 result = _mm512_mul_ps(x, gate);
+    const Floats small = exponential(floats_of(either(bits_of(y), sign)));
+    const Floats gate = over(choose(at_least(y, zeros()), one, small), plus(one, small));
+    Floats result = times(x, gate);
     if (a->factor) {
       if (a->bf16) result = widen(narrow(result));
-      result = _mm512_mul_ps(result, load(a->factor, row * a->factor_step + at, a->width - at, a->bf16));
+      result = times(result, load(a->factor, row * a->factor_step + at, a->width - at, a->bf16));
     }
     store(a->output, row * a->width + at, a->width - at, a->bf16, result);
   }

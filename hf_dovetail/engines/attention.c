@@ -15,11 +15,13 @@
 
 enum {
   ALONE = 1 << 17, /* products below which waking other threads costs more than they save */
-  KEYS = 32,  /* of a block: two vectors */
+  KEY_VECTORS = WIDE ? 2 : 1,
+  KEYS = 16 * KEY_VECTORS, /* of a block */
   FETCHED = 1 << 18, /* bytes of a head's values that stay in the cache until they are needed */
   TOGETHER = 32, /* rows that share the transposed keys */
-  TILE = 8,   /* rows multiplied with a block of keys */
-  SUMS = 12,  /* rows whose values are summed together; half as many where a value is wider than two vectors */
+  TILE = WIDE ? 8 : 6, /* rows multiplied with a block of keys */
+  SUMS = WIDE ? 12 : 6, /* rows whose values are summed together; half as many where more than two vectors are */
+  VALUE_VECTORS = WIDE ? 4 : 1, /* most of a value that are summed together */
 };
 
 enum { NO_MASK, BOOL_MASK, ADDED_MASK };
@@ -43,29 +45,6 @@ static long scratch_size(long keys, long width) {
   return TOGETHER * (score_stride(keys) + padded(width, 32) + 1) + padded(width, 32) * KEYS;
 }
 
-INLINE void transpose(__m512i block[16]) {
-  __m512i other[16];
-  for (int i = 0; i < 16; i += 2) {
-    other[i] = _mm512_unpacklo_epi32(block[i], block[i + 1]);
-    other[i + 1] = _mm512_unpackhi_epi32(block[i], block[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    block[i] = _mm512_unpacklo_epi64(other[i], other[i + 2]);
-    block[i + 1] = _mm512_unpackhi_epi64(other[i], other[i + 2]);
-    block[i + 2] = _mm512_unpacklo_epi64(other[i + 1], other[i + 3]);
-    block[i + 3] = _mm512_unpackhi_epi64(other[i + 1], other[i + 3]);
-  }
-  for (int half = 0; half < 16; half += 8)
-    for (int i = half; i < half + 4; i++) {
-      other[i] = _mm512_shuffle_i32x4(block[i], block[i + 4], 0x88);
-      other[i + 4] = _mm512_shuffle_i32x4(block[i], block[i + 4], 0xdd);
-    }
-  for (int i = 0; i < 8; i++) {
-    block[i] = _mm512_shuffle_i32x4(other[i], other[i + 8], 0x88);
-    block[i + 8] = _mm512_shuffle_i32x4(other[i], other[i + 8], 0xdd);
-  }
-}
-
 /* Fetches rows of keys or values into the cache, up to KEYS of them. */
 INLINE void fetch(const Attention *a, const void *from, long start, long step, long count, long width) {
   const long size = a->bf16 ? 2 : 4;
@@ -76,27 +55,25 @@ INLINE void fetch(const Attention *a, const void *from, long start, long step, l
 
 /* (count <= KEYS, width) keys to (width, KEYS) float32; what is behind them is zero. */
 TARGET static void turn_keys(const Attention *a, const void *keys, long start, long count, float *turned) {
-  const __m512i high = _mm512_set1_epi32((int)0xffff0000);
+  const Ints high = every_int((int)0xffff0000);
   const long step = a->key_steps[2], across = a->bf16 ? 32 : 16;
   for (long column = 0; column < KEYS; column += 16)
     for (long at = 0; at < a->width; at += across) {
-      __m512i block[16];
+      Ints block[16];
       for (long i = 0; i < 16; i++) {
         const long from = start + (column + i) * step + at, left = column + i < count ? a->width - at : 0;
-        const __mmask32 mask = left >= 32 ? 0xffffffffu : (__mmask32)((1ull << (left > 0 ? left : 0)) - 1);
         const char *at_key = (const char *)keys + from * (a->bf16 ? 2 : 4);
         _mm_prefetch(at_key + KEYS * step * (a->bf16 ? 2 : 4), _MM_HINT_T0);
-        block[i] = a->bf16 ? _mm512_maskz_loadu_epi16(mask, at_key)
-                           : _mm512_castps_si512(_mm512_maskz_loadu_ps(first(left), at_key));
+        block[i] = a->bf16 ? load_pairs(at_key, left) : bits_of(load_lanes((const float *)at_key, first(left)));
       }
       transpose(block);
       for (long i = 0; i < 16; i++) {
         if (a->bf16) {
           float *to = turned + (at + 2 * i) * KEYS + column;
-          _mm512_storeu_ps(to, _mm512_castsi512_ps(_mm512_slli_epi32(block[i], 16)));
-          _mm512_storeu_ps(to + KEYS, _mm512_castsi512_ps(_mm512_and_si512(block[i], high)));
+          store_floats(to, floats_of(up_16(block[i])));
+          store_floats(to + KEYS, floats_of(both(block[i], high)));
         } else {
-          _mm512_storeu_ps(turned + (at + i) * KEYS + column, _mm512_castsi512_ps(block[i]));
+          store_floats(turned + (at + i) * KEYS + column, floats_of(block[i]));
         }
       }
     }
@@ -105,22 +82,21 @@ TARGET static void turn_keys(const Attention *a, const void *keys, long start, l
 /* Scores of a few rows with a block of keys. */
 INLINE void score_tile(const Attention *a, const float *turned, const float *query, long query_step, float *scores,
                        long stride, const int rows) {
-  __m512 sums[TILE][2];
-  for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+  Floats sums[TILE][KEY_VECTORS];
+  for (int r = 0; r < rows; r++)
+    for (int v = 0; v < KEY_VECTORS; v++) sums[r][v] = zeros();
   for (long d = 0; d < a->width; d++) {
-    const __m512 left = _mm512_loadu_ps(turned + d * KEYS), right = _mm512_loadu_ps(turned + d * KEYS + 16);
+    Floats keys[KEY_VECTORS];
+    for (int v = 0; v < KEY_VECTORS; v++) keys[v] = load_floats(turned + d * KEYS + 16 * v);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
-      const __m512 factor = _mm512_set1_ps(query[r * query_step + d]);
-      sums[r][0] = _mm512_fmadd_ps(factor, left, sums[r][0]);
-      sums[r][1] = _mm512_fmadd_ps(factor, right, sums[r][1]);
+      const Floats factor = every(query[r * query_step + d]);
+      for (int v = 0; v < KEY_VECTORS; v++) sums[r][v] = times_plus(factor, keys[v], sums[r][v]);
     }
   }
-  const __m512 scale = _mm512_set1_ps(a->scale);
-  for (int r = 0; r < rows; r++) {
-    _mm512_storeu_ps(scores + r * stride, _mm512_mul_ps(sums[r][0], scale));
-    _mm512_storeu_ps(scores + r * stride + 16, _mm512_mul_ps(sums[r][1], scale));
-  }
+  const Floats scale = every(a->scale);
+  for (int r = 0; r < rows; r++)
+    for (int v = 0; v < KEY_VECTORS; v++) store_floats(scores + r * stride + 16 * v, times(sums[r][v], scale));
 }
 
 #define SCORES(rows) case rows: score_tile(a, turned, query, query_step, scores, stride, rows); break;
@@ -128,40 +104,42 @@ INLINE void score_tile(const Attention *a, const float *turned, const float *que
 TARGET static void score_rows(const Attention *a, const float *turned, const float *query, long query_step,
                               float *scores, long stride, long rows) {
   for (; rows > 0; rows -= TILE, query += TILE * query_step, scores += TILE * stride)
-    switch (rows < TILE ? rows : TILE) { SCORES(1) SCORES(2) SCORES(3) SCORES(4) SCORES(5) SCORES(6) SCORES(7) SCORES(8) }
+    switch (rows < TILE ? rows : TILE) {
+      SCORES(1) SCORES(2) SCORES(3) SCORES(4) SCORES(5) SCORES(6)
+#ifndef DOVETAIL_AVX2
+      SCORES(7) SCORES(8)
+#endif
+    }
 }
 
 /* What is added to the scores of up to 16 keys. */
-INLINE __m512 bias(const Attention *a, const void *mask, long at, long count) {
+INLINE Floats bias(const Attention *a, const void *mask, long at, long count) {
   if (a->mask_kind == ADDED_MASK) return load(mask, at, count, a->bf16);
-  const __m128i seen = _mm_maskz_loadu_epi8(first(count), (const uint8_t *)mask + at);
-  return _mm512_mask_mov_ps(_mm512_set1_ps(-3.38e38f), _mm_test_epi8_mask(seen, seen), _mm512_setzero_ps());
+  return choose(not_zero((const uint8_t *)mask + at, first(count)), zeros(), every(-3.38e38f));
 }
 
 /* Which of up to 16 keys are seen. */
-INLINE __mmask16 sees(const Attention *a, const void *mask, long at, long count) {
+INLINE Lanes sees(const Attention *a, const void *mask, long at, long count) {
   if (a->mask_kind == NO_MASK) return first(count);
   if (a->mask_kind == ADDED_MASK)
-    return _mm512_mask_cmp_ps_mask(first(count), load(mask, at, count, a->bf16), _mm512_set1_ps(-1e30f), _CMP_GT_OQ);
-  const __m128i seen = _mm_maskz_loadu_epi8(first(count), (const uint8_t *)mask + at);
-  return _mm_test_epi8_mask(seen, seen);
+    return above(first(count), load(mask, at, count, a->bf16), every(-1e30f));
+  return not_zero((const uint8_t *)mask + at, first(count));
 }
 
 /* Adds what the mask says to the scores from `begin` to `end`, and finds the largest of each lane. */
-INLINE __m512 add_bias(const Attention *a, const void *mask, float *scores, long begin, long end, __m512 most) {
+INLINE Floats add_bias(const Attention *a, const void *mask, float *scores, long begin, long end, Floats most) {
   for (long at = begin; at < end; at += 16) {
-    const __mmask16 there = first(end - at);
-    __m512 score = _mm512_maskz_loadu_ps(there, scores + at);
-    if (a->mask_kind != NO_MASK) score = _mm512_add_ps(score, bias(a, mask, at, end - at));
-    _mm512_mask_storeu_ps(scores + at, there, score);
-    most = _mm512_mask_max_ps(most, there, most, score);
+    const Lanes there = first(end - at);
+    Floats score = load_lanes(scores + at, there);
+    if (a->mask_kind != NO_MASK) score = plus(score, bias(a, mask, at, end - at));
+    store_lanes(scores + at, there, score);
+    most = larger_lanes(there, most, score);
   }
   return most;
 }
 
 /* Scores to weights that are not yet divided by their sum, which is returned. */
 TARGET static float soften(const Attention *a, const void *mask, float *scores) {
-  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const long keys = a->keys, old = keys - a->rows;
   long begin = 0;
   while (begin < keys && !sees(a, mask, begin, keys - begin)) begin += 16;
@@ -173,60 +151,59 @@ TARGET static float soften(const Attention *a, const void *mask, float *scores) 
   long plain = begin; /* up to here, all keys are seen */
   if (a->mask_kind != ADDED_MASK)
     while (plain + 16 <= old && sees(a, mask, plain, 16) == 0xffff) plain += 16;
-  __m512 most = _mm512_set1_ps(-INFINITY);
-  for (long at = begin; at < plain; at += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(scores + at));
+  Floats most = every(-INFINITY);
+  for (long at = begin; at < plain; at += 16) most = larger(most, load_floats(scores + at));
   most = add_bias(a, mask, scores, plain, keys, most);
-  const __m512 largest = _mm512_set1_ps(_mm512_reduce_max_ps(most));
-  __m512 sums = _mm512_setzero_ps();
+  const Floats largest = every(most_of(most));
+  Floats sums = zeros();
   long at = begin;
   for (; at + 16 <= old; at += 16) {
-    const __m512 weight = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + at), largest));
-    _mm512_storeu_ps(scores + at, weight);
-    sums = _mm512_add_ps(sums, weight);
+    const Floats weight = exponential(less(load_floats(scores + at), largest));
+    store_floats(scores + at, weight);
+    sums = plus(sums, weight);
   }
   if (at < old) {
-    const __mmask16 there = first(old - at);
-    const __m512 weight = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(there, scores + at), largest));
-    _mm512_mask_storeu_ps(scores + at, there, weight);
-    sums = _mm512_mask_add_ps(sums, there, sums, weight);
+    const Lanes there = first(old - at);
+    const Floats weight = exponential(less(load_lanes(scores + at, there), largest));
+    store_lanes(scores + at, there, weight);
+    sums = plus_lanes(there, sums, weight);
   }
   /* each visible one of the rows' own keys goes to the lane of its number */
   long number = begin < old ? old - begin : 0;
   for (at = old > 0 ? old : 0; at < keys; at += 16) {
-    const __mmask16 there = first(keys - at), seen = sees(a, mask, at, keys - at);
-    const __m512 weight = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(there, scores + at), largest));
-    _mm512_mask_storeu_ps(scores + at, there, weight);
-    const __m512i from = _mm512_sub_epi32(lanes, _mm512_set1_epi32((int)(number & 15)));
-    sums = _mm512_add_ps(sums, _mm512_permutexvar_ps(from, _mm512_maskz_compress_ps(seen, weight)));
+    const Lanes there = first(keys - at), seen = sees(a, mask, at, keys - at);
+    const Floats weight = exponential(less(load_lanes(scores + at, there), largest));
+    store_lanes(scores + at, there, weight);
+    sums = plus(sums, gather_from(weight, seen, (int)(number & 15)));
     number += __builtin_popcount(seen);
   }
   for (at = 0; at < begin; at++) scores[at] = 0.0f;
-  return _mm512_reduce_add_ps(sums);
+  return sum_of(sums);
 }
 
 /* Weighted sums of values, for a few rows and vectors of the width. */
 INLINE void value_tile(const Attention *a, const void *values, const long left, const float *weights, long stride,
                        const float *sums, const long *outputs, long at, const int rows, const int vectors, const int bf16) {
-  __m512 total[SUMS][4];
-  __mmask16 there[4];
+  Floats total[SUMS][VALUE_VECTORS];
+  Lanes there[VALUE_VECTORS];
 #pragma GCC unroll 4
   for (int v = 0; v < vectors; v++) {
     there[v] = first(left - 16 * v);
 #pragma GCC unroll 12
-    for (int r = 0; r < rows; r++) total[r][v] = _mm512_setzero_ps();
+    for (int r = 0; r < rows; r++) total[r][v] = zeros();
   }
   const char *value_at = values;
   for (long key = 0; key < a->keys; key++, value_at += a->value_steps[2] * (bf16 ? 2 : 4)) {
-    __m512 value[4];
+    Floats value[VALUE_VECTORS];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++)
-      value[v] = bf16 ? widen(_mm256_maskz_loadu_epi16(there[v], value_at + 32 * v))
-                      : _mm512_maskz_loadu_ps(there[v], value_at + 64 * v);
+      value[v] = bf16 ? widen(load_halves(value_at + 32 * v, there[v]))
+                      : load_lanes((const float *)(value_at + 64 * v), there[v]);
 #pragma GCC unroll 12
     for (int r = 0; r < rows; r++) {
-      const __m512 weight = _mm512_set1_ps(weights[r * stride + key]);
+      const Floats weight = every(weights[r * stride + key]);
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; v++) total[r][v] = _mm512_fmadd_ps(weight, value[v], total[r][v]);
+      for (int v = 0; v < vectors; v++) total[r][v] = times_plus(weight, value[v], total[r][v]);
     }
   }
 #pragma GCC unroll 12
@@ -234,7 +211,7 @@ INLINE void value_tile(const Attention *a, const void *values, const long left, 
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++)
       store(a->output, outputs[r] + at + 16 * v, left - 16 * v, bf16,
-            _mm512_div_ps(total[r][v], _mm512_set1_ps(sums[r])));
+            over(total[r][v], every(sums[r])));
 }
 
 #define SUM(rows, vectors)                                                                              \
@@ -248,22 +225,29 @@ INLINE void value_tile(const Attention *a, const void *values, const long left, 
 #define ARGUMENTS                                                                                                     \
   const Attention *a, const void *values, long left, const float *weights, long stride, const float *sums,            \
       const long *outputs, long at, long rows
+#ifdef DOVETAIL_AVX2
+TARGET static void sum_few(ARGUMENTS) { switch (rows) { SIX_SUMS(1) } }
+#else
 TARGET static void sum_one(ARGUMENTS) { switch (rows) { TWELVE_SUMS(1) } }
 TARGET static void sum_two(ARGUMENTS) { switch (rows) { TWELVE_SUMS(2) } }
 TARGET static void sum_three(ARGUMENTS) { switch (rows) { SIX_SUMS(3) } }
 TARGET static void sum_four(ARGUMENTS) { switch (rows) { SIX_SUMS(4) } }
 
+INLINE void sum_few(ARGUMENTS) {
+  if (left > 48) sum_four(a, values, left, weights, stride, sums, outputs, at, rows);
+  else if (left > 32) sum_three(a, values, left, weights, stride, sums, outputs, at, rows);
+  else if (left > 16) sum_two(a, values, left, weights, stride, sums, outputs, at, rows);
+  else sum_one(a, values, left, weights, stride, sums, outputs, at, rows);
+}
+#endif
+
 TARGET static void sum_values(const Attention *a, long start, const float *weights, long stride, const float *sums,
                               const long *outputs, long rows) {
-  const long most = a->value_width > 32 ? SUMS / 2 : SUMS;
+  const long most = WIDE && a->value_width > 32 ? SUMS / 2 : SUMS;
   for (; rows > 0; rows -= most, weights += most * stride, sums += most, outputs += most)
-    for (long at = 0; at < a->value_width; at += 64) {
-      const long left = a->value_width - at, now = rows < most ? rows : most;
+    for (long at = 0; at < a->value_width; at += 16 * VALUE_VECTORS) {
       const void *values = (const char *)a->value + (start + at) * (a->bf16 ? 2 : 4);
-      if (left > 48) sum_four(a, values, left, weights, stride, sums, outputs, at, now);
-      else if (left > 32) sum_three(a, values, left, weights, stride, sums, outputs, at, now);
-      else if (left > 16) sum_two(a, values, left, weights, stride, sums, outputs, at, now);
-      else sum_one(a, values, left, weights, stride, sums, outputs, at, now);
+      sum_few(a, values, a->value_width - at, weights, stride, sums, outputs, at, rows < most ? rows : most);
     }
 }
 
@@ -277,7 +261,7 @@ TARGET static void attend(const Attention *a, long item, long group, long row, l
     const long head = group * share + (row + r) / a->rows, t = (row + r) % a->rows;
     const long from = item * a->query_steps[0] + head * a->query_steps[1] + t * a->query_steps[2];
     for (long at = 0; at < a->width; at += 16)
-      _mm512_storeu_ps(query + r * width + at, load(a->query, from + at, a->width - at, a->bf16));
+      store_floats(query + r * width + at, load(a->query, from + at, a->width - at, a->bf16));
     outputs[r] = ((item * a->rows + t) * a->heads + head) * a->value_width;
   }
   const long keys = item * a->key_steps[0] + group * a->key_steps[1];

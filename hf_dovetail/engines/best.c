@@ -29,21 +29,21 @@ TARGET static void best_of_row(const Best *b, const float *row, float *values, i
     insert(values, places, i + 1, value, i);
   }
   for (long at = b->count; at < b->width; at += 16) {
-    const __m512 x = load(row, at, b->width - at, 0);
-    const __mmask16 there = first(b->width - at);
-    unsigned better = _mm512_mask_cmp_ps_mask(there, x, _mm512_set1_ps(values[b->count - 1]), _CMP_GT_OQ);
+    const Floats x = load(row, at, b->width - at, 0);
+    const Lanes there = first(b->width - at);
+    unsigned better = above(there, x, every(values[b->count - 1]));
     for (; better; better &= better - 1) {
       const long place = at + __builtin_ctz(better);
       if (row[place] > values[b->count - 1]) insert(values, places, b->count, row[place], place);
     }
   }
-  const __m512 largest = _mm512_set1_ps(values[0]);
-  __m512 sums = _mm512_setzero_ps();
+  const Floats largest = every(values[0]);
+  Floats sums = zeros();
   for (long at = 0; at < b->width; at += 16) {
-    const __m512 x = load(row, at, b->width - at, 0);
-    sums = _mm512_mask_add_ps(sums, first(b->width - at), sums, exponential(_mm512_sub_ps(x, largest)));
+    const Floats x = load(row, at, b->width - at, 0);
+    sums = plus_lanes(first(b->width - at), sums, exponential(less(x, largest)));
   }
-  const float sum = values[0] + logf(_mm512_reduce_add_ps(sums));
+  const float sum = values[0] + logf(sum_of(sums));
   for (long i = 0; i < b->count; i++) {
     const float log_prob = values[i] - sum;
     values[i] = isnan(log_prob) ? -INFINITY : log_prob;

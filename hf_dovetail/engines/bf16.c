@@ -1,15 +1,11 @@
-/* Products of few rows with bf16 weights as oneDNN packs them, on CPUs with AVX512-BF16.
+/* Products of few rows with bf16 weights as oneDNN packs them, on CPUs with AVX512-BF16, or with AVX2.
  *
  * A row's sums are a sequence of operations of its own, whatever rows are computed beside it, so its result does not
  * depend on them, bit for bit. Weights are read from memory once, in pieces that fit the first cache: while the rows are
  * multiplied with one, a few at a time, the next one is fetched at such a pace that the memory never rests.
  */
-#include <string.h>
-
+#define DOVETAIL_BF16 /* the instructions of AVX512-BF16 */
 #include "native.h"
-
-#define WITH_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")))
-#define INLINE_BF16 static inline __attribute__((always_inline)) WITH_BF16
 
 enum {
   COLUMNS = 64, /* output channels of a block: four vectors */
@@ -42,51 +38,61 @@ typedef struct { /* a few rows, to be multiplied with a piece of a block of colu
 static long tiles(long count) { return (count + MOST - 1) / MOST; }
 static long tile_begin(long count, long tile) { return count * tile / tiles(count); }
 
-/* Two products per lane are added to `sums`. In assembly, since compilers move the sums from register to register. */
-INLINE_BF16 __m512 add_products(__m512 sums, __m512i weights, __m512i pairs) {
-  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(pairs));
-  return sums;
-}
-
-INLINE_BF16 void multiply(const Product *p, const Tile *tile, const int rows) {
+INLINE void multiply(const Product *p, const Tile *tile, const int rows, const int vectors) {
   const uint16_t *from = p->rows + tile->row * p->inputs;
   const uint8_t *weights = tile->weights, *next = tile->next;
-  __m512 sums[MOST][VECTORS];
+  Floats sums[MOST][VECTORS];
   for (int r = 0; r < rows; r++)
-    for (int v = 0; v < VECTORS; v++)
-      sums[r][v] = tile->begin ? _mm512_loadu_ps(tile->sums[r * VECTORS + v]) : _mm512_setzero_ps();
+    for (int v = 0; v < vectors; v++)
+      sums[r][v] = tile->begin ? load_floats(tile->sums[r * VECTORS + v]) : zeros();
   for (long k = tile->begin; k < tile->end; k += 2, weights += 4 * COLUMNS, next += tile->pace) {
-    __m512i columns[VECTORS];
-    for (int v = 0; v < VECTORS; v++) columns[v] = _mm512_loadu_si512(weights + 64 * v);
+    Ints columns[VECTORS];
+    for (int v = 0; v < vectors; v++) columns[v] = load_ints(weights + 64 * v);
     for (long line = 0; line < tile->pace; line += 64) _mm_prefetch((const char *)next + line, _MM_HINT_T0);
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++) {
-      int32_t bits;
-      memcpy(&bits, from + r * p->inputs + k, 4);
-      const __m512i pair = _mm512_set1_epi32(bits);
-      for (int v = 0; v < VECTORS; v++) sums[r][v] = add_products(sums[r][v], columns[v], pair);
+      const Ints pair = four_bytes(from + r * p->inputs + k);
+      for (int v = 0; v < vectors; v++) sums[r][v] = add_pairs(sums[r][v], columns[v], pair);
     }
   }
   if (tile->end < p->inputs) {
     for (int r = 0; r < rows; r++)
-      for (int v = 0; v < VECTORS; v++) _mm512_storeu_ps(tile->sums[r * VECTORS + v], sums[r][v]);
+      for (int v = 0; v < vectors; v++) store_floats(tile->sums[r * VECTORS + v], sums[r][v]);
     return;
   }
-  for (int v = 0; v < VECTORS; v++) {
+  for (int v = 0; v < vectors; v++) {
     const long at = tile->column + 16 * v, left = p->outputs - at;
-    const __m512 bias = p->bias ? load(p->bias, at, left, 1) : _mm512_setzero_ps();
+    const Floats bias = p->bias ? load(p->bias, at, left, 1) : zeros();
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++) {
-      const __m512 sum = p->bias ? _mm512_add_ps(sums[r][v], bias) : sums[r][v];
+      const Floats sum = p->bias ? plus(sums[r][v], bias) : sums[r][v];
       store(p->output, (tile->row + r) * p->outputs + at, left, 1, sum);
     }
   }
 }
 
-/* One function for each number of rows, so that each gets registers of its own. */
-#define KERNEL(rows) \
-  WITH_BF16 static void multiply_##rows(const Product *p, const Tile *tile) { multiply(p, tile, rows); }
-KERNEL(1) KERNEL(2) KERNEL(3) KERNEL(4) KERNEL(5) KERNEL(6)
+/* The part of a tile that some of the block's vectors are, with its share of what is fetched. */
+INLINE Tile part_of(const Tile *tile, long vector, long vectors) {
+  const long lines = tile->pace / 64, line = lines * vector / VECTORS, steps = (tile->end - tile->begin) / 2;
+  Tile part = *tile;
+  part.column += 16 * vector, part.weights += 64 * vector, part.sums += vector;
+  part.next += 64 * line * steps, part.pace = 64 * (lines * (vector + vectors) / VECTORS - line);
+  return part;
+}
+
+/* One function for each number of rows, so that each gets registers of its own; `vectors` at once where they are few. */
+#define KERNEL(rows, vectors)                                                                      \
+  TARGET static void multiply_##rows(const Product *p, const Tile *tile) {                         \
+    if (WIDE || vectors == VECTORS) {                                                              \
+      multiply(p, tile, rows, VECTORS);                                                            \
+      return;                                                                                      \
+    }                                                                                              \
+    for (long vector = 0; vector < VECTORS; vector += vectors) {                                   \
+      const Tile part = part_of(tile, vector, vectors);                                            \
+      multiply(p, &part, rows, vectors);                                                           \
+    }                                                                                              \
+  }
+KERNEL(1, 4) KERNEL(2, 2) KERNEL(3, 1) KERNEL(4, 1) KERNEL(5, 1) KERNEL(6, 1)
 static void (*const kernels[])(const Product *, const Tile *) = {multiply_1, multiply_2, multiply_3,
                                                                  multiply_4, multiply_5, multiply_6};
 
@@ -95,7 +101,8 @@ static void work(void *argument) {
   const Product *p = argument;
   const long number = p->threads > 1 ? dovetail_thread_number() : 0, threads = p->threads > 1 ? dovetail_team_size() : 1;
   const long blocks = (p->outputs + COLUMNS - 1) / COLUMNS, parts = tiles(p->count), column_bytes = 2 * COLUMNS;
-  const long piece = parts == 1 ? p->inputs : parts * PIECE, ahead = parts == 1 ? AHEAD : piece;
+  const int alone = WIDE ? parts == 1 : p->count == 1; /* each weight is read once */
+  const long piece = alone ? p->inputs : parts * PIECE, ahead = alone ? AHEAD : piece;
   float sums[MOST_TILES][MOST * VECTORS][16];
   for (long block = blocks * number / threads; block < blocks * (number + 1) / threads; block++)
     for (long begin = 0; begin < p->inputs; begin += piece) {

@@ -58,9 +58,9 @@ static long columns(const Linears *l) {
 TARGET static void add(Part output, Part left, Part right, long rows, long width, int bf16) {
   for (long row = 0; row < rows; row++)
     for (long at = 0; at < width; at += 16) {
-      const __m512 a = load(left.numbers, row * left.step + at, width - at, bf16);
-      const __m512 b = load(right.numbers, row * right.step + at, width - at, bf16);
-      store(output.numbers, row * output.step + at, width - at, bf16, _mm512_add_ps(a, b));
+      const Floats a = load(left.numbers, row * left.step + at, width - at, bf16);
+      const Floats b = load(right.numbers, row * right.step + at, width - at, bf16);
+      store(output.numbers, row * output.step + at, width - at, bf16, plus(a, b));
     }
 }
 

@@ -1,4 +1,4 @@
-/* Products of few rows with 8-bit and 4-bit weights, on CPUs with AVX512-VNNI.
+/* Products of few rows with 8-bit and 4-bit weights.
  *
  * One call quantises the rows, multiplies and rescales. A row's result does not depend, bit for bit, on the rows
  * computed with it: integer sums are exact, and what follows them is the same sequence of operations for every row. So
@@ -8,13 +8,12 @@
  * Threads are those of torch's own OpenMP library, whose functions are handed over (dovetail_use_threads): no second
  * library, no second pool.
  */
-#include <string.h>
-
 #include "native.h"
 
 enum {
-  COLUMNS = 32, /* output channels side by side: two vectors */
-  MOST = 12,    /* rows of a tile */
+  VECTORS = 2,  /* output channels side by side, in vectors */
+  COLUMNS = 16 * VECTORS,
+  MOST = WIDE ? 12 : 6, /* rows of a tile */
   CHUNK = 60,   /* rows whose levels are kept at a time */
   UNIT = 64,    /* 8-bit: input channels whose levels are summed together */
   PIECE = 512,  /* input channels of a piece for each tile that reads it */
@@ -30,10 +29,11 @@ typedef struct {
   void *output;            /* (count, outputs), same precision */
   const uint8_t *weights;  /* blocks of COLUMNS channels, see int8_tile and int4_tile */
   const float *scales;     /* int8: (outputs padded to COLUMNS,) */
-  int8_t *levels;          /* scratch: per tile (inputs / 4, rows of the tile, 4) */
+  int8_t *levels;          /* scratch: per tile (inputs / side, rows of the tile), four bytes each */
   int32_t *sums;           /* scratch: per tile (units, rows of the tile) */
   long count, width;       /* of the rows */
   long inputs, outputs;    /* of the matrix: width padded to the group, and unpadded channels */
+  long side;               /* input channels whose levels fill four bytes */
   long unit, units;        /* input channels with one sum of levels: a 4-bit group, or UNIT; and how many there are */
   long block;              /* bytes of a block of weights */
   int bf16, four, threads;
@@ -44,28 +44,28 @@ typedef struct { /* a few rows, to be multiplied with a piece of a block of colu
   long begin, end;         /* input channels of the piece */
   const uint8_t *weights;  /* of the piece */
   const uint8_t *next;     /* where this tile's share of what is fetched meanwhile begins */
-  long pace;               /* bytes of it for each step: four input channels, or a group of 4-bit ones */
-  const int8_t *levels;    /* (inputs / 4, rows, 4) */
+  long pace;               /* bytes of it for each step: SIDE_BY_SIDE input channels, or a group of 4-bit ones */
+  const int8_t *levels;    /* (inputs / side, rows), four bytes each */
   const int32_t *sums;     /* 8-bit: (rows,) of all levels; 4-bit: (groups, rows) */
   const float *magnitudes; /* (rows,) */
-  int32_t (*totals)[16];   /* (MOST, 2) of this tile, between two pieces */
+  int32_t (*totals)[16];   /* (MOST, VECTORS) of this tile, between two pieces */
 } Tile;
 
 /* The tiles of `count` rows are as even as possible. */
 static long tiles(long count) { return (count + MOST - 1) / MOST; }
 static long tile_begin(long count, long tile) { return count * tile / tiles(count); }
 
-INLINE __m512 round_bf16(__m512 values) { return widen(narrow(values)); }
+INLINE Floats round_bf16(Floats values) { return widen(narrow(values)); }
 
-INLINE __m512 load_row(const Task *t, long row, long at) { return load(t->rows, row * t->width + at, t->width - at, t->bf16); }
+INLINE Floats load_row(const Task *t, long row, long at) { return load(t->rows, row * t->width + at, t->width - at, t->bf16); }
 
 /* A row's largest magnitude. */
 INLINE float largest(const Task *t, long row) {
-  const __m512i unsign = _mm512_set1_epi32(0x7fffffff);
-  __m512i most = _mm512_setzero_si512(); /* as integers, NaN is larger than infinity */
+  const Ints unsign = every_int(0x7fffffff);
+  Ints most = zero_ints(); /* as integers, NaN is larger than infinity */
   for (long at = 0; at < t->width; at += 16)
-    most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(load_row(t, row, at)), unsign));
-  const int32_t bits = _mm512_reduce_max_epi32(most);
+    most = larger_ints(most, both(bits_of(load_row(t, row, at)), unsign));
+  const int32_t bits = most_of_ints(most);
   float found;
   memcpy(&found, &bits, 4);
   return found < 1e-30f ? 1e-30f : found;
@@ -74,73 +74,63 @@ INLINE float largest(const Task *t, long row) {
 /* Levels -127..127 of some units of one row, and their sums. Every operation rounds once. */
 TARGET static void quantise(const Task *t, long row, long first_unit, long last_unit, float magnitude, long stride,
                             int8_t *levels, int32_t *sums) {
-  const __m512 factor = _mm512_set1_ps(127.0f / magnitude), shift = _mm512_set1_ps(12582912.0f + 128.0f);
+  const Floats factor = every(127.0f / magnitude), shift = every(12582912.0f + 128.0f);
   for (long unit = first_unit; unit < last_unit; unit++) {
     const long begin = unit * t->unit, end = begin + t->unit < t->inputs ? begin + t->unit : t->inputs;
-    __m512i sum = _mm512_setzero_si512();
+    Ints sum = zero_ints();
     for (long at = begin; at < end; at += 16) {
-      __m512 shifted = _mm512_add_ps(_mm512_mul_ps(load_row(t, row, at), factor), shift);
-      __m128i level = _mm_xor_si128(_mm512_cvtepi32_epi8(_mm512_castps_si512(shifted)), _mm_set1_epi8((char)0x80));
-      int32_t four[4];
-      _mm_storeu_si128((__m128i *)four, level);
-      for (int i = 0; i < 4; i++) memcpy(levels + (at / 4 + i) * stride * 4, &four[i], 4);
-      sum = _mm512_add_epi32(sum, _mm512_cvtepi8_epi32(level));
+      Floats shifted = plus(times(load_row(t, row, at), factor), shift);
+      const Ints level = to_levels(bits_of(shifted));
+      int32_t packed[8] = {0};
+      pack_levels(level, (int)t->side, packed);
+      for (int i = 0; i < 16 / t->side; i++) memcpy(levels + (at / t->side + i) * stride * 4, &packed[i], 4);
+      sum = plus_ints(sum, level);
     }
-    sums[unit * stride] = _mm512_reduce_add_epi32(sum);
+    sums[unit * stride] = sum_of_ints(sum);
   }
 }
 
-INLINE void store_row(const Task *t, long row, long column, __m512 values) {
+INLINE void store_row(const Task *t, long row, long column, Floats values) {
   store(t->output, row * t->outputs + column, t->outputs - column, t->bf16, values);
-}
-
-/* Four products per lane are added to `sums`. In assembly, since compilers move the sums from register to register. */
-INLINE __m512i add_products(__m512i sums, __m512i weights, __m512i levels) {
-  __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(levels));
-  return sums;
-}
-
-INLINE __m512i four_levels(const int8_t *levels) {
-  int32_t bits;
-  memcpy(&bits, levels, 4);
-  return _mm512_set1_epi32(bits);
 }
 
 INLINE void fetch(const uint8_t *from, long bytes) {
   for (long at = 0; at < bytes; at += 64) _mm_prefetch((const char *)from + at, _MM_HINT_T0);
 }
 
-/* Weights of a block: (inputs / 4, COLUMNS, 4) uint8 with zero point 128. */
-INLINE void int8_tile(const Task *t, const Tile *tile, const int rows) {
+/* Weights of a block: (inputs / SIDE_BY_SIDE, COLUMNS, SIDE_BY_SIDE) uint8 with ZERO_POINT. */
+INLINE void int8_tile(const Task *t, const Tile *tile, const int rows, const int vectors) {
   const uint8_t *weights = tile->weights, *next = tile->next;
-  const int8_t *levels = tile->levels + tile->begin * rows;
-  __m512i total[MOST][2];
+  const int8_t *levels = tile->levels + tile->begin / SIDE_BY_SIDE * 4 * rows;
+  Ints total[MOST][VECTORS];
   for (int r = 0; r < rows; r++)
-    for (int v = 0; v < 2; v++)
-      total[r][v] = tile->begin ? _mm512_loadu_si512(tile->totals[2 * r + v]) : _mm512_set1_epi32(-128 * tile->sums[r]);
-  for (long k = tile->begin; k < tile->end; k += 4, weights += 128, levels += 4 * rows, next += tile->pace) {
-    __m512i left = _mm512_loadu_si512(weights), right = _mm512_loadu_si512(weights + 64);
+    for (int v = 0; v < vectors; v++)
+      total[r][v] = tile->begin ? load_ints(tile->totals[VECTORS * r + v]) : every_int(-ZERO_POINT * tile->sums[r]);
+  for (long k = tile->begin; k < tile->end; k += SIDE_BY_SIDE, levels += 4 * rows, next += tile->pace) {
+    Ints columns[VECTORS];
+    for (int v = 0; v < vectors; v++) columns[v] = load_columns(weights + 16 * SIDE_BY_SIDE * v);
+    weights += COLUMNS * SIDE_BY_SIDE;
     fetch(next, tile->pace);
 #pragma GCC unroll 12
     for (int r = 0; r < rows; r++) {
-      __m512i level = four_levels(levels + 4 * r);
-      total[r][0] = add_products(total[r][0], left, level);
-      total[r][1] = add_products(total[r][1], right, level);
+      const Ints level = four_bytes(levels + 4 * r);
+      for (int v = 0; v < vectors; v++) total[r][v] = add_products(total[r][v], columns[v], level);
     }
   }
   if (tile->end < t->inputs) {
     for (int r = 0; r < rows; r++)
-      for (int v = 0; v < 2; v++) _mm512_storeu_si512(tile->totals[2 * r + v], total[r][v]);
+      for (int v = 0; v < vectors; v++) store_ints(tile->totals[VECTORS * r + v], total[r][v]);
     return;
   }
-  for (int v = 0; v < 2; v++) {
-    const __m512 scale = _mm512_loadu_ps(t->scales + tile->column + 16 * v);
+  for (int v = 0; v < vectors; v++) {
+    const long column = tile->column + 16 * v;
+    const Floats scale = load_floats(t->scales + column);
 #pragma GCC unroll 12
     for (int r = 0; r < rows; r++) {
-      __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(total[r][v]), scale);
-      __m512 magnitude = _mm512_set1_ps(tile->magnitudes[r]);
+      Floats value = times(to_floats(total[r][v]), scale);
+      Floats magnitude = every(tile->magnitudes[r]);
       if (t->bf16) value = round_bf16(value), magnitude = round_bf16(magnitude);
-      store_row(t, tile->row + r, tile->column + 16 * v, _mm512_mul_ps(value, magnitude));
+      store_row(t, tile->row + r, column, times(value, magnitude));
     }
   }
 }
@@ -148,67 +138,83 @@ INLINE void int8_tile(const Task *t, const Tile *tile, const int rows) {
 /* Weights of a block, for each group: (GROUP / 8, COLUMNS, 4) bytes, the low halves of which are the levels 0..15 of
  * four input channels and the high ones those of the next four; then (COLUMNS,) pairs of bf16, the lowest weight and,
  * in the high bytes, the step. */
-INLINE void int4_tile(const Task *t, const Tile *tile, const int rows) {
-  const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi32((int)0xffff0000);
+INLINE void int4_tile(const Task *t, const Tile *tile, const int rows, const int vectors) {
+  const Ints low = every_byte(15), high = every_int((int)0xffff0000);
   const uint8_t *weights = tile->weights, *next = tile->next;
   const int8_t *levels = tile->levels + tile->begin * rows;
   const int32_t *sums = tile->sums + tile->begin / GROUP * rows;
-  __m512 value[MOST][2];
+  Floats value[MOST][VECTORS];
   for (int r = 0; r < rows; r++)
-    for (int v = 0; v < 2; v++)
-      value[r][v] = tile->begin ? _mm512_loadu_ps(tile->totals[2 * r + v]) : _mm512_setzero_ps();
-  for (long k = tile->begin; k < tile->end; k += GROUP, sums += rows, weights += 128, next += tile->pace) {
-    __m512i total[MOST][2];
-    for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = _mm512_setzero_si512();
+    for (int v = 0; v < vectors; v++)
+      value[r][v] = tile->begin ? load_floats((float *)tile->totals[VECTORS * r + v]) : zeros();
+  for (long k = tile->begin; k < tile->end; k += GROUP, sums += rows, weights += 4 * COLUMNS, next += tile->pace) {
+    Ints total[MOST][VECTORS];
+    for (int r = 0; r < rows; r++)
+      for (int v = 0; v < vectors; v++) total[r][v] = zero_ints();
     __asm__ volatile("" : : "r"(value) : "memory"); /* the registers are for the totals */
-    for (int i = 0; i < GROUP; i += 8, weights += 128, levels += 8 * rows) {
-      const __m512i left = _mm512_loadu_si512(weights), right = _mm512_loadu_si512(weights + 64);
-      const __m512i left_low = _mm512_and_si512(left, low), right_low = _mm512_and_si512(right, low);
-      const __m512i left_high = _mm512_and_si512(_mm512_srli_epi16(left, 4), low);
-      const __m512i right_high = _mm512_and_si512(_mm512_srli_epi16(right, 4), low);
+    for (int i = 0; i < GROUP; i += 8, weights += 4 * COLUMNS, levels += 8 * rows) {
+      Ints packed[VECTORS];
+      for (int v = 0; v < vectors; v++) packed[v] = load_ints(weights + 64 * v);
       const long fetched = tile->pace / 64 * i / GROUP * 64;
       fetch(next + fetched, tile->pace / 64 * (i + 8) / GROUP * 64 - fetched);
+      for (int half = 0; half < 2; half++) {
+        Ints columns[VECTORS];
+        for (int v = 0; v < vectors; v++) columns[v] = both(half ? down_4(packed[v]) : packed[v], low);
 #pragma GCC unroll 12
-      for (int r = 0; r < rows; r++) {
-        __m512i level = four_levels(levels + 4 * r);
-        total[r][0] = add_products(total[r][0], left_low, level);
-        total[r][1] = add_products(total[r][1], right_low, level);
-      }
-#pragma GCC unroll 12
-      for (int r = 0; r < rows; r++) {
-        __m512i level = four_levels(levels + 4 * (rows + r));
-        total[r][0] = add_products(total[r][0], left_high, level);
-        total[r][1] = add_products(total[r][1], right_high, level);
+        for (int r = 0; r < rows; r++) {
+          const Ints level = four_bytes(levels + 4 * (rows * half + r));
+          for (int v = 0; v < vectors; v++) total[r][v] = add_small_products(total[r][v], columns[v], level);
+        }
       }
     }
-    for (int v = 0; v < 2; v++) {
-      const __m512i both = _mm512_loadu_si512(weights + 64 * v);
-      const __m512 step = _mm512_castsi512_ps(_mm512_and_si512(both, high));
-      const __m512 least = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    for (int v = 0; v < vectors; v++) {
+      const Ints pair = load_ints(weights + 64 * v);
+      const Floats step = floats_of(both(pair, high)), least = floats_of(up_16(pair));
 #pragma GCC unroll 12
       for (int r = 0; r < rows; r++) {
-        value[r][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total[r][v]), step, value[r][v]);
-        value[r][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_set1_epi32(sums[r])), least, value[r][v]);
+        value[r][v] = times_plus(to_floats(whole_sums(total[r][v])), step, value[r][v]);
+        value[r][v] = times_plus(to_floats(every_int(sums[r])), least, value[r][v]);
       }
     }
   }
   for (int r = 0; r < rows; r++)
-    for (int v = 0; v < 2; v++)
-      if (tile->end < t->inputs) _mm512_storeu_ps(tile->totals[2 * r + v], value[r][v]);
+    for (int v = 0; v < vectors; v++)
+      if (tile->end < t->inputs) store_floats((float *)tile->totals[VECTORS * r + v], value[r][v]);
       else
         store_row(t, tile->row + r, tile->column + 16 * v,
-              _mm512_mul_ps(value[r][v], _mm512_set1_ps(tile->magnitudes[r] * (1.0f / 127.0f))));
+              times(value[r][v], every(tile->magnitudes[r] * (1.0f / 127.0f))));
 }
 
-#define TILE(rows)                                                  \
-  case rows:                                                        \
-    if (t->four) int4_tile(t, tile, rows);                          \
-    else int8_tile(t, tile, rows);                                  \
+/* The part of a tile that one of the block's vectors is, with its share of what is fetched. */
+INLINE Tile part_of(const Task *t, const Tile *tile, long vector) {
+  const long step = t->four ? GROUP : SIDE_BY_SIDE, steps = (tile->end - tile->begin) / step;
+  const long lines = tile->pace / 64, line = lines * vector / VECTORS;
+  Tile part = *tile;
+  part.column += 16 * vector, part.weights += (t->four ? 64 : 16 * SIDE_BY_SIDE) * vector, part.totals += vector;
+  part.next += 64 * line * steps, part.pace = 64 * (lines * (vector + 1) / VECTORS - line);
+  return part;
+}
+
+#define VECTOR_BY_VECTOR(multiply, rows)            \
+  if (WIDE || rows <= 2) {                          \
+    multiply(t, tile, rows, VECTORS);               \
+  } else {                                          \
+    for (long v = 0; v < VECTORS; v++) {            \
+      const Tile part = part_of(t, tile, v);        \
+      multiply(t, &part, rows, 1);                  \
+    }                                               \
+  }
+#define TILE(rows)                                                    \
+  case rows:                                                          \
+    if (t->four) { VECTOR_BY_VECTOR(int4_tile, rows) } else { VECTOR_BY_VECTOR(int8_tile, rows) } \
     break;
 
 TARGET static void run_tile(const Task *t, const Tile *tile, long rows) {
   switch (rows) {
-    TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
+    TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
+#ifndef DOVETAIL_AVX2
+    TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
+#endif
   }
 }
 
@@ -216,21 +222,22 @@ TARGET static void run_tile(const Task *t, const Tile *tile, long rows) {
 TARGET static void work(void *argument) {
   const Task *t = argument;
   const long number = t->threads > 1 ? dovetail_thread_number() : 0, threads = t->threads > 1 ? dovetail_team_size() : 1;
-  const long blocks = (t->outputs + COLUMNS - 1) / COLUMNS, step = t->four ? GROUP : 4;
+  const long blocks = (t->outputs + COLUMNS - 1) / COLUMNS, step = t->four ? GROUP : SIDE_BY_SIDE;
   const long bytes = t->block / (t->inputs / step), lines = bytes / 64; /* of a step */
   const long first_unit = t->units * number / threads, last_unit = t->units * (number + 1) / threads;
   for (long done = 0; done < t->count; done += CHUNK) {
     const long count = t->count - done < CHUNK ? t->count - done : CHUNK, parts = tiles(count);
-    const long piece = parts == 1 ? t->inputs : parts * PIECE, ahead = parts == 1 ? AHEAD : piece / step * bytes;
+    const int alone = WIDE ? parts == 1 : count <= 2; /* each weight is read once */
+    const long piece = alone ? t->inputs : parts * PIECE, ahead = alone ? AHEAD : piece / step * bytes;
     float magnitudes[CHUNK];
-    int32_t sums[CHUNK], totals[(CHUNK + MOST - 1) / MOST][MOST * 2][16];
+    int32_t sums[CHUNK], totals[(CHUNK + MOST - 1) / MOST][MOST * VECTORS][16];
     if (done && threads > 1) dovetail_barrier();
     for (long i = 0; i < parts; i++) {
       const long begin = tile_begin(count, i), rows = tile_begin(count, i + 1) - begin;
       for (long r = 0; r < rows; r++) {
         magnitudes[begin + r] = largest(t, done + begin + r);
         quantise(t, done + begin + r, first_unit, last_unit, magnitudes[begin + r], rows,
-                 t->levels + begin * t->inputs + 4 * r, t->sums + begin * t->units + r);
+                 t->levels + begin * t->inputs / t->side * 4 + 4 * r, t->sums + begin * t->units + r);
       }
     }
     if (threads > 1) dovetail_barrier();
@@ -255,7 +262,7 @@ TARGET static void work(void *argument) {
               .weights = weights,
               .next = weights + ahead + 64 * line * ((end - from) / step),
               .pace = 64 * share,
-              .levels = t->levels + begin * t->inputs,
+              .levels = t->levels + begin * t->inputs / t->side * 4,
               .sums = t->four ? t->sums + begin * t->units : sums + begin,
               .magnitudes = magnitudes + begin,
               .totals = totals[i],
@@ -273,18 +280,18 @@ void dovetail_use_threads(void *run, void *number, void *size, void *wait) {
 }
 
 long dovetail_scratch(long inputs, int four) {
-  const long unit = four ? GROUP : UNIT;
-  return CHUNK * (inputs + (inputs + unit - 1) / unit * 4);
+  const long unit = four ? GROUP : UNIT, side = four ? 4 : SIDE_BY_SIDE;
+  return CHUNK * (inputs / side * 4 + (inputs + unit - 1) / unit * 4);
 }
 
 void dovetail_product(const void *rows, void *output, const void *weights, const float *scales, void *scratch,
                       long count, long width, long inputs, long outputs, int bf16, int four, int threads) {
-  const long unit = four ? GROUP : UNIT;
+  const long unit = four ? GROUP : UNIT, side = four ? 4 : SIDE_BY_SIDE;
   const Task task = {
       .rows = rows, .output = output, .weights = weights, .scales = scales,
-      .levels = scratch, .sums = (int32_t *)((int8_t *)scratch + CHUNK * inputs),
+      .levels = scratch, .sums = (int32_t *)((int8_t *)scratch + CHUNK * inputs / side * 4),
       .count = count, .width = width, .inputs = inputs, .outputs = outputs,
-      .unit = unit, .units = (inputs + unit - 1) / unit,
+      .side = side, .unit = unit, .units = (inputs + unit - 1) / unit,
       .block = four ? inputs / GROUP * (GROUP * COLUMNS / 2 + 4 * COLUMNS) : inputs * COLUMNS,
       .bf16 = bf16, .four = four, .threads = threads,
   };

@@ -1,57 +1,64 @@
-/* What the kernels share: torch's threads, and numbers in bf16. For CPUs with AVX512. */
+/* What the kernels share: torch's threads, and numbers in bf16. */
 #ifndef DOVETAIL_NATIVE_H
 #define DOVETAIL_NATIVE_H
 
-#include <immintrin.h>
 #include <stdint.h>
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
-#define INLINE static inline __attribute__((always_inline)) TARGET
+#ifdef DOVETAIL_AVX2
+#include "avx2.h"
+#else
+#include "avx512.h"
+#endif
 
 /* Functions of torch's own OpenMP library, handed over by dovetail_use_threads: no second library, no second pool. */
 extern void (*dovetail_parallel)(void (*)(void *), void *, unsigned, unsigned);
 extern int (*dovetail_thread_number)(void), (*dovetail_team_size)(void);
 extern void (*dovetail_barrier)(void);
 
-INLINE __m512 widen(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
+INLINE Floats widen(Halves bits) { return floats_of(up_16(from_halves(bits))); }
 
 /* To bf16, to nearest even; not vcvtneps2bf16, which loses denormal numbers and is not on every CPU. NaN stays NaN if
  * it comes from a bf16 number, or is the default one: it has no lower bits then that a carry could start from. */
-INLINE __m256i narrow(__m512 values) {
-  __m512i bits = _mm512_castps_si512(values);
-  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+INLINE Halves narrow(Floats values) {
+  const Ints bits = bits_of(values), odd = both(down_16(bits), every_int(1));
+  return to_halves(down_16(plus_ints(bits, plus_ints(odd, every_int(0x7fff)))));
 }
 
 /* The lanes of a vector that `count` numbers fill. */
-INLINE __mmask16 first(long count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1); }
+INLINE Lanes first(long count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (Lanes)((1u << count) - 1); }
 
 /* Up to 16 numbers in float32, zeros behind them. */
-INLINE __m512 load(const void *from, long at, long count, int bf16) {
-  if (bf16) return widen(_mm256_maskz_loadu_epi16(first(count), (const uint16_t *)from + at));
-  return _mm512_maskz_loadu_ps(first(count), (const float *)from + at);
+INLINE Floats load(const void *from, long at, long count, int bf16) {
+  if (bf16) return widen(load_halves((const uint16_t *)from + at, first(count)));
+  return load_lanes((const float *)from + at, first(count));
 }
 
-INLINE void store(void *to, long at, long count, int bf16, __m512 values) {
-  if (bf16) _mm256_mask_storeu_epi16((uint16_t *)to + at, first(count), narrow(values));
-  else _mm512_mask_storeu_ps((float *)to + at, first(count), values);
+INLINE void store(void *to, long at, long count, int bf16, Floats values) {
+  if (bf16) store_halves((uint16_t *)to + at, first(count), narrow(values));
+  else store_lanes((float *)to + at, first(count), values);
+}
+
+/* The four bytes at an address, in every lane. */
+INLINE Ints four_bytes(const void *from) {
+  int32_t bits;
+  memcpy(&bits, from, 4);
+  return every_int(bits);
 }
 
 /* exp(x) for x <= 0, to about one unit in the last place; 0 where it would be denormal; NaN stays NaN. */
-INLINE __m512 exponential(__m512 x) {
-  const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 y = _mm512_set1_ps(1.9875691500e-4f);
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.3981999507e-3f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(8.3334519073e-3f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(4.1665795894e-2f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.6666665459e-1f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(5.0000001201e-1f));
-  y = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(y, r), r, r), _mm512_set1_ps(1.0f));
-  return _mm512_maskz_scalef_ps(normal, y, n);
+INLINE Floats exponential(Floats x) {
+  const Lanes normal = not_below(x, every(-87.0f));
+  const Floats n = nearest(times(x, every(1.44269504f)));
+  Floats r = minus_times(n, every(0.693359375f), x);
+  r = minus_times(n, every(-2.12194440e-4f), r);
+  Floats y = every(1.9875691500e-4f);
+  y = times_plus(y, r, every(1.3981999507e-3f));
+  y = times_plus(y, r, every(8.3334519073e-3f));
+  y = times_plus(y, r, every(4.1665795894e-2f));
+  y = times_plus(y, r, every(1.6666665459e-1f));
+  y = times_plus(y, r, every(5.0000001201e-1f));
+  y = plus(times_plus(times(y, r), r, r), every(1.0f));
+  return scale_by_power(normal, y, n);
 }
 
 /* The kernels that a layer consists of; each says in its own file what it takes. threads: the most that it may use. */

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import platform
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -22,22 +23,21 @@ from transformers.utils import logging
 
 from . import pages
 from .compiler import CompileError, library
+from .instructions import INSTRUCTION_SETS, InstructionSet, best_set, cpu_flags
 
 logger = logging.get_logger(__name__)
 
 GROUP = 32
 """Input channels of 4-bit weights that share a step and a lowest weight."""
 
-_NAMES = ("native.h", "native.c", "attention.c", "activation.c", "norm.c", "rotary.c", "layer.c", "best.c")
+_HEADERS = ("native.h", "avx512.h", "avx2.h")
+_NAMES = (*_HEADERS, "native.c", "attention.c", "activation.c", "norm.c", "rotary.c", "layer.c", "best.c")
 _SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
-_BF16_SOURCE = Path(__file__).with_name("bf16.c")  # which needs a newer compiler
+_BF16_SOURCE = Path(__file__).with_name("bf16.c")  # which may need a newer compiler
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=off", f"-DGROUP={GROUP}")
 _COLUMNS = 32  # output channels of a block; COLUMNS in the source
 _INPUTS = 16  # 8-bit rows are padded to a multiple
-_ZERO_POINT = 128  # of 8-bit weights
-_INSTRUCTIONS = {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}
 _THREADING = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
-_BF16_INSTRUCTIONS = "avx512_bf16"
 _BF16_BLOCK = (64, 2)  # output channels of a block, and input channels side by side; COLUMNS in the source
 _ALONE = 1 << 18  # weights below which waking other threads costs more than they save
 
@@ -71,8 +71,35 @@ def why_not() -> str | None:
 
 def loaded() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or None and the reason why there is none."""
+    built = _built()
+    return built.library, built.reason
+
+
+def instruction_set() -> InstructionSet | None:
+    """What the kernels are compiled for; None without them."""
+    return _built().instructions
+
+
+def multiplies_bf16() -> bool:
+    """Whether there are kernels for products of bf16 numbers."""
+    return hasattr(loaded()[0], _BF16_FUNCTIONS[0])
+
+
+def _built() -> _Built:
     with _lock:
         return _load()
+
+
+def _present() -> _Built:
+    """What was built.
+
+    Raises:
+        RuntimeError: if nothing was, saying why.
+    """
+    built = _built()
+    if built.library is None:
+        raise RuntimeError(built.reason)
+    return built
 
 
 def kernels() -> ctypes.CDLL | None:
@@ -84,46 +111,48 @@ def kernels() -> ctypes.CDLL | None:
     return None if followed else loaded()[0]
 
 
+@dataclass(frozen=True)
+class _Built:
+    """The library and what it is compiled for, or the reason why there is none."""
+
+    library: ctypes.CDLL | None = None
+    instructions: InstructionSet | None = None
+    reason: str | None = None
+
+
 @functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str | None]:
+def _load() -> _Built:
     system = platform.system(), platform.machine()
     if system != ("Linux", "x86_64"):
-        return None, f"the native kernels are for Linux on x86-64, not for {' on '.join(system)}"
-    missing = _INSTRUCTIONS - cpu_flags()
-    if missing:
-        return None, f"this CPU has no AVX512-VNNI (missing: {', '.join(sorted(missing))})"
+        return _Built(reason=f"the native kernels are for Linux on x86-64, not for {' on '.join(system)}")
+    instructions = best_set(cpu_flags())
+    if instructions is None:
+        names, least = " nor ".join(each.name for each in INSTRUCTION_SETS), INSTRUCTION_SETS[-1].needs - cpu_flags()
+        return _Built(reason=f"this CPU has neither {names} (missing: {', '.join(sorted(least))})")
     try:
-        found = _library()
+        found = _library(instructions)
         openmp = [ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p) for name in _THREADING]
     except CompileError as error:
-        return None, str(error)
+        return _Built(reason=str(error))
     except AttributeError as error:
-        return None, f"this build of torch does not bring GNU OpenMP along ({error})"
+        return _Built(reason=f"this build of torch does not bring GNU OpenMP along ({error})")
     for name, (result, *arguments) in _SIGNATURES.items():
         if name not in _BF16_FUNCTIONS or hasattr(found, name):
             function = getattr(found, name)
             function.restype, function.argtypes = result, arguments
     found.dovetail_use_threads(*openmp)
-    return found, None
+    return _Built(found, instructions)
 
 
-def _library() -> ctypes.CDLL:
+def _library(instructions: InstructionSet) -> ctypes.CDLL:
     """All kernels, or those that this compiler can build for this CPU."""
-    if _BF16_INSTRUCTIONS in cpu_flags():
+    flags = (*_FLAGS, *instructions.flags)
+    if instructions.bf16_needs <= cpu_flags():
         try:
-            return library((*_SOURCES, _BF16_SOURCE), _FLAGS)
+            return library((*_SOURCES, _BF16_SOURCE), flags)
         except CompileError as error:
             logger.info("no native products in bfloat16: %s", error)
-    return library(_SOURCES, _FLAGS)
-
-
-def cpu_flags() -> set[str]:
-    """What the CPU can do, in Linux's names; empty on other systems."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return set()
-    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    return library(_SOURCES, flags)
 
 
 class Matrix(ctypes.Structure):
@@ -161,7 +190,7 @@ class NativeBf16:
 
     def __init__(self, blocks: Tensor, outputs: int) -> None:
         self._product = loaded()[0].dovetail_bf16_product
-        self._blocks, self._outputs = blocks, outputs
+        self.blocks, self._outputs = blocks, outputs
         self._width = 2 * blocks.shape[1]
         self._most_threads = 1 if outputs * self._width < _ALONE else len(blocks)
 
@@ -169,13 +198,13 @@ class NativeBf16:
     def matrix(self) -> Matrix:
         """Where the weights lie, while this lives."""
         width, outputs = self._width, self._outputs
-        return Matrix(self._blocks.data_ptr(), 0, width, width, outputs, Matrix.BF16, self._most_threads)
+        return Matrix(self.blocks.data_ptr(), 0, width, width, outputs, Matrix.BF16, self._most_threads)
 
     @classmethod
     def of(cls, weight: Tensor) -> NativeBf16 | None:
         """A packed copy of a matrix (N, K), or None if the kernel is not here or does not take it."""
         (outputs, inputs), (columns, pair) = weight.shape, _BF16_BLOCK
-        if weight.dtype != torch.bfloat16 or inputs % pair or not hasattr(loaded()[0], "dovetail_bf16_product"):
+        if weight.dtype != torch.bfloat16 or inputs % pair or not multiplies_bf16():
             return None
         padded = F.pad(weight, (0, 0, 0, -outputs % columns))
         blocks = padded.view(-1, columns, inputs // pair, pair).transpose(1, 2)
@@ -185,7 +214,7 @@ class NativeBf16:
     def takes(blocks: Tensor | None) -> bool:
         """Whether the kernel is here and knows this layout."""
         known = blocks is not None and blocks.dtype == torch.bfloat16 and blocks.shape[2:] == _BF16_BLOCK
-        return known and hasattr(loaded()[0], "dovetail_bf16_product")
+        return known and multiplies_bf16()
 
     def product(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         """(..., K) bf16 to (..., N) bf16, with a bias (N,) bf16."""
@@ -195,7 +224,7 @@ class NativeBf16:
         self._product(
             rows.data_ptr(),
             output.data_ptr(),
-            self._blocks.data_ptr(),
+            self.blocks.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             rows.numel() // self._width,
             self._width,
@@ -209,9 +238,7 @@ class _Native:
     """Packed weights (N, K) and the call that multiplies rows with them."""
 
     def __init__(self, blocks: Tensor, scales: Tensor | None, outputs: int, width: int, inputs: int) -> None:
-        found, reason = loaded()
-        if found is None:
-            raise RuntimeError(reason)
+        found = _present().library
         blocks = pages.copy(blocks)
         self._blocks, self._scales = blocks, scales
         self.nbytes = blocks.nbytes + (0 if scales is None else scales.nbytes)
@@ -270,16 +297,18 @@ class NativeInt8(_Native):
 
     def __init__(self, levels: Tensor, scales: Tensor) -> None:
         outputs, width = levels.shape
-        padded = _padded(levels.view(torch.uint8) ^ _ZERO_POINT, _INPUTS, _ZERO_POINT)
+        self._layout = instructions = _present().instructions
+        side, zero_point = instructions.side_by_side, instructions.zero_point
+        padded = _padded(levels.view(torch.uint8) ^ zero_point, _INPUTS, zero_point)
         inputs = padded.shape[1]
-        blocks = padded.view(-1, _COLUMNS, inputs // 4, 4).transpose(1, 2)
+        blocks = padded.view(-1, _COLUMNS, inputs // side, side).transpose(1, 2)
         super().__init__(blocks, F.pad(scales, (0, -outputs % _COLUMNS)), outputs, width, inputs)
 
     def levels(self) -> Tensor:
         """(N, K) int8, as they were given."""
         outputs, width = self._shape
         rows = self._blocks.transpose(1, 2).reshape(-1, self._inputs)[:outputs, :width]
-        return (rows ^ _ZERO_POINT).view(torch.int8)
+        return (rows ^ self._layout.zero_point).view(torch.int8)
 
 
 class NativeInt4(_Native):

@@ -18,18 +18,18 @@ TARGET static void work(void *argument) {
   const long number = n->threads > 1 ? dovetail_thread_number() : 0;
   const long threads = n->threads > 1 ? dovetail_team_size() : 1, width = n->width;
   for (long row = n->rows * number / threads; row < n->rows * (number + 1) / threads; row++) {
-    __m512 squares = _mm512_setzero_ps();
+    Floats squares = zeros();
     for (long at = 0; at < width; at += 16) {
-      const __m512 x = load(n->input, row * n->step + at, width - at, n->bf16);
-      squares = _mm512_fmadd_ps(x, x, squares);
+      const Floats x = load(n->input, row * n->step + at, width - at, n->bf16);
+      squares = times_plus(x, x, squares);
     }
-    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(squares) / (float)width + n->epsilon);
-    const __m512 scale = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_sqrt_ps(mean));
+    const Floats mean = every(sum_of(squares) / (float)width + n->epsilon);
+    const Floats scale = over(every(1.0f), root(mean));
     for (long at = 0; at < width; at += 16) {
-      const __m512 weight = load(n->weight, at, width - at, n->bf16);
-      __m512 x = _mm512_mul_ps(load(n->input, row * n->step + at, width - at, n->bf16), scale);
+      const Floats weight = load(n->weight, at, width - at, n->bf16);
+      Floats x = times(load(n->input, row * n->step + at, width - at, n->bf16), scale);
       if (n->bf16) x = widen(narrow(x));
-      store(n->output, row * width + at, width - at, n->bf16, _mm512_mul_ps(x, weight));
+      store(n->output, row * width + at, width - at, n->bf16, times(x, weight));
     }
   }
 }

@@ -3,6 +3,7 @@
 A row's result does not depend, bit for bit, on how many rows are computed with it, up to `MAX_ROWS`. In bf16 a native
 kernel computes so few rows out of oneDNN's own memory, where it can be had (`native.NativeBf16`). Elsewhere oneDNN
 does, and rows are padded to a number from which on its kernels agree on this machine, found by trying (`least_rows`).
+On CPUs for which oneDNN has no bf16 the native kernel computes any number of rows, out of blocks like oneDNN's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..curves import MAX_ROWS
-from . import pages
+from . import native, pages
 from .native import NativeBf16
 from .swap import DTYPES, Swap, swap_all
 
@@ -24,14 +25,50 @@ _BLOCKS = (64, 48, 32, 16, 8)  # output channels side by side in oneDNN's layout
 _GROUPS = (1, 2, 4)  # input channels side by side within
 
 
-class OneDnnKernel:
+class _Blocks:
+    """One weight matrix in blocks of output channels.
+
+    Attributes:
+        shape, dtype: (N, K), bf16 or fp32.
+    """
+
+    lossless = True
+    shape: torch.Size
+    dtype: torch.dtype
+    _rows: Tensor | None  # (blocks, K / group, block, group)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether single rows can be read (`lookup`)."""
+        return self._rows is not None
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """(...) int64 to (..., K): rows of the matrix, read out of the blocks."""
+        block = self._rows.shape[2]
+        return self._rows[ids // block, :, ids % block, :].reshape(*ids.shape, self.shape[1])
+
+    @property
+    def stored(self) -> Tensor:
+        """The matrix as it lies in memory, not copied; unpacked where its layout is unknown. `ordered` reads it."""
+        return self._rows if self.has_rows else self.dense()
+
+    def ordered(self, stored: Tensor) -> Tensor:
+        """(N, K) out of a copy of `stored`, on the copy's device: there, the order costs next to nothing."""
+        if not self.has_rows:
+            return stored
+        return stored.permute(0, 2, 1, 3).reshape(-1, self.shape[1])[: self.shape[0]]
+
+    def dense(self) -> Tensor:
+        """The matrix (N, K), bit for bit."""
+        return self.ordered(self._rows)
+
+
+class OneDnnKernel(_Blocks):
     """One weight matrix in oneDNN's blocked layout.
 
     Args:
         weight: (N, K) bf16 or fp32.
     """
-
-    lossless = True
 
     def __init__(self, weight: Tensor) -> None:
         self.shape, self.dtype = weight.shape, weight.dtype
@@ -43,11 +80,6 @@ class OneDnnKernel:
             self._native = NativeBf16(self._rows, self.shape[0])
         else:
             self._least = least_rows(self._packed, weight.shape, weight.dtype)
-
-    @property
-    def has_rows(self) -> bool:
-        """Whether single rows can be read (`lookup`)."""
-        return self._rows is not None
 
     def native(self) -> NativeBf16 | None:
         """The weights as the native kernel reads them, if it is this that multiplies up to `MAX_ROWS` rows."""
@@ -68,25 +100,46 @@ class OneDnnKernel:
         padded[:count] = rows.reshape(count, -1)
         return _product(padded, self._packed, bias)[:count].view(*rows.shape[:-1], self.shape[0])
 
-    def lookup(self, ids: Tensor) -> Tensor:
-        """(...) int64 to (..., K): rows of the matrix, read out of the blocks."""
-        block = self._rows.shape[2]
-        return self._rows[ids // block, :, ids % block, :].reshape(*ids.shape, self.shape[1])
-
     def dense(self) -> Tensor:
         """The matrix (N, K), bit for bit."""
         return self._packed.to_dense()
 
-    @property
-    def stored(self) -> Tensor:
-        """The matrix as it lies in memory, not copied; unpacked where its layout is unknown. `ordered` reads it."""
-        return self._rows if self.has_rows else self.dense()
 
-    def ordered(self, stored: Tensor) -> Tensor:
-        """(N, K) out of a copy of `stored`, on the copy's device: there, the order costs next to nothing."""
-        if not self.has_rows:
-            return stored
-        return stored.permute(0, 2, 1, 3).reshape(-1, self.shape[1])[: self.shape[0]]
+class NativeKernel(_Blocks):
+    """One weight matrix in blocks that the native kernel multiplies, whatever the number of rows.
+
+    Args:
+        weight: (N, K) bf16.
+        blocks: of the weight.
+    """
+
+    def __init__(self, weight: Tensor, blocks: NativeBf16) -> None:
+        self.shape, self.dtype = weight.shape, weight.dtype
+        self._native, self._rows = blocks, blocks.blocks
+
+    def native(self) -> NativeBf16:
+        """The weights as the native kernel reads them."""
+        return self._native
+
+    def linear(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., K) to (..., N)."""
+        if rows.dtype != self.dtype:  # by autocast
+            return F.linear(rows, self.dense().to(rows.dtype), None if bias is None else bias.to(rows.dtype))
+        if bias is None or bias.dtype == self.dtype:
+            return self._native.product(rows, bias)
+        return self._native.product(rows, None) + bias
+
+
+def pack(weight: Tensor) -> OneDnnKernel | NativeKernel | None:
+    """The kernel of a weight (N, K) bf16 or fp32, or None if there is none here."""
+    if weight.dtype == torch.float32 or _onednn_has_bf16():
+        return OneDnnKernel(weight)
+    native_copy = NativeBf16.of(weight)
+    return None if native_copy is None else NativeKernel(weight, native_copy)
+
+
+def _onednn_has_bf16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def why_not(model: PreTrainedModel) -> str | None:
@@ -95,14 +148,14 @@ def why_not(model: PreTrainedModel) -> str | None:
         return "this build of torch has no oneDNN"
     if model.dtype not in DTYPES:
         return f"its weights are {model.dtype}, not bfloat16 or float32"
-    if model.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "this CPU has no bfloat16 instructions"
+    if model.dtype == torch.bfloat16 and not _onednn_has_bf16() and not native.multiplies_bf16():
+        return f"oneDNN has no bfloat16 for this CPU, and {native.why_not() or 'no native products could be compiled'}"
     return None
 
 
 def prepare(model: PreTrainedModel) -> Swap:
     """Pack every linear weight of the model, in place; the LM head that is the embedding too stays one matrix."""
-    return swap_all(model, OneDnnKernel)
+    return swap_all(model, pack)
 
 
 def _product(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ..packed import Kernel
 from . import onednn
 from .native import NativeInt4, NativeInt8, Packed
-from .swap import BASE_LAYER, DTYPES, Swap, adapter_paths, can_pack, packed_by
+from .swap import BASE_LAYER, DTYPES, LosslessKernel, Swap, adapter_paths, can_pack, packed_by
 
 LEVELS = 127
 """Largest quantised magnitude of activations, and of 8-bit weights."""
@@ -239,9 +239,9 @@ def prepare(model: PreTrainedModel, new_matrix: Callable[[], StackedMatrix]) -> 
     }
     swap, stacks = QuantisedSwap(model), _Stacks(new_matrix)
 
-    def pack(name: str, weight: Tensor, is_embedding: bool) -> QuantisedKernel | onednn.OneDnnKernel | None:
+    def pack(name: str, weight: Tensor, is_embedding: bool) -> QuantisedKernel | LosslessKernel | None:
         if name in kept or is_embedding or not _can_quantise(weight):
-            return packed_by(onednn.OneDnnKernel, weight, is_embedding)
+            return packed_by(onednn.pack, weight, is_embedding)
         return QuantisedKernel(name, weight, stacks.of(name, weight))
 
     swap.pack(model, pack)

@@ -17,14 +17,12 @@ typedef struct {
   int bf16, threads;
 } Rotary;
 
-INLINE __m512 times(__m512 left, __m512 right, int bf16) {
-  const __m512 product = _mm512_mul_ps(left, right);
-  return bf16 ? widen(narrow(product)) : product;
+INLINE Floats product(Floats left, Floats right, int bf16) {
+  const Floats exact = times(left, right);
+  return bf16 ? widen(narrow(exact)) : exact;
 }
 
-INLINE __m512 minus(__m512 values) {
-  return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(values), _mm512_set1_epi32((int)0x80000000)));
-}
+INLINE Floats minus(Floats values) { return floats_of(differing(bits_of(values), every_int((int)0x80000000))); }
 
 TARGET static void work(void *argument) {
   const Rotary *t = argument;
@@ -34,16 +32,16 @@ TARGET static void work(void *argument) {
   for (long row = t->rows * number / threads; row < t->rows * (number + 1) / threads; row++)
     for (long at = 0; at < half; at += 16) {
       const long count = half - at, angle = row % t->positions * t->width + at;
-      const __m512 cosine = load(t->cosines, angle, count, bf16), other_cosine = load(t->cosines, angle + half, count, bf16);
-      const __m512 sine = load(t->sines, angle, count, bf16), other_sine = load(t->sines, angle + half, count, bf16);
+      const Floats cosine = load(t->cosines, angle, count, bf16), other_cosine = load(t->cosines, angle + half, count, bf16);
+      const Floats sine = load(t->sines, angle, count, bf16), other_sine = load(t->sines, angle + half, count, bf16);
       for (int i = 0; i < 2; i++) {
         const States *s = &t->states[i];
         for (long head = 0; head < s->heads; head++) {
           const long from = row * s->step + head * t->width + at, to = (row * s->heads + head) * t->width + at;
-          const __m512 x = load(s->input, from, count, bf16), other = load(s->input, from + half, count, bf16);
-          store(s->output, to, count, bf16, _mm512_add_ps(times(x, cosine, bf16), times(minus(other), sine, bf16)));
+          const Floats x = load(s->input, from, count, bf16), other = load(s->input, from + half, count, bf16);
+          store(s->output, to, count, bf16, plus(product(x, cosine, bf16), product(minus(other), sine, bf16)));
           store(s->output, to + half, count, bf16,
-                _mm512_add_ps(times(other, other_cosine, bf16), times(x, other_sine, bf16)));
+                plus(product(other, other_cosine, bf16), product(x, other_sine, bf16)));
         }
       }
     }

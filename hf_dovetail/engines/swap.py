@@ -105,19 +105,23 @@ class Swap:
         self._hooks.clear()
 
 
-def swap_all(model: PreTrainedModel, kernel: type[LosslessKernel]) -> Swap:
+PackOne = Callable[[Tensor], LosslessKernel | None]
+"""Packs a weight for which `can_pack`, or leaves it."""
+
+
+def swap_all(model: PreTrainedModel, pack_one: PackOne) -> Swap:
     """Pack every linear weight of the model, in place; the LM head that is the embedding too stays one matrix."""
     swap = Swap()
-    swap.pack(model, lambda name, weight, is_embedding: packed_by(kernel, weight, is_embedding))
+    swap.pack(model, lambda name, weight, is_embedding: packed_by(pack_one, weight, is_embedding))
     return swap
 
 
-def packed_by(kernel: type[LosslessKernel], weight: Tensor, is_embedding: bool) -> LosslessKernel | None:
+def packed_by(pack_one: PackOne, weight: Tensor, is_embedding: bool) -> LosslessKernel | None:
     """The kernel of one weight, or None if it must stay as it is."""
     if not can_pack(weight):
         return None
-    packed = kernel(weight)
-    return packed if packed.has_rows or not is_embedding else None
+    packed = pack_one(weight)
+    return packed if packed is not None and (packed.has_rows or not is_embedding) else None
 
 
 def can_pack(weight: Tensor) -> bool:
