@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .curves import CostCurves
+from .loading import load_target
 from .names import existing
 
 
@@ -33,8 +34,6 @@ def run_calibrate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--budget-s is {arguments.budget_s}; expected more than 0 seconds")
     pyplot = None if arguments.plot is None else _pyplot(arguments.plot)
 
-    from transformers import AutoModelForCausalLM
-
     from .calibrate import calibrate
     from .demo import load_pair
     from .engines import engine_of
@@ -44,7 +43,7 @@ def run_calibrate(arguments: argparse.Namespace) -> None:
     if arguments.target is None:
         target, draft, _ = load_pair()
     else:
-        target = AutoModelForCausalLM.from_pretrained(existing("--target", arguments.target), dtype="auto")
+        target = load_target("--target", arguments.target)
         draft = DovetailAssistantModel.from_pretrained(existing("--draft", arguments.draft), dtype="auto")
     prepare_target(target, engine=arguments.engine)
     curves = calibrate(target, draft, budget_s=arguments.budget_s)

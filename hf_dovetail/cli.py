@@ -9,18 +9,22 @@ from pathlib import Path
 
 from .bench.command import add_bench_parser
 from .calibrate_command import add_calibrate_parser
+from .loading import load_target, load_tokenizer
 from .names import existing
 from .train_command import add_train_parsers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; errors of use end with one line on stderr and status 2."""
+    """Run one subcommand; errors of use end with one line on stderr and status 2, Ctrl-C with status 130."""
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
     except (ValueError, OSError, ArithmeticError) as error:
         print(f"hf-dovetail: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("hf-dovetail: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -71,15 +75,15 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+    from transformers import TextStreamer
 
     from .modeling import DovetailAssistantModel
     from .prepare import prepare_target
 
-    tokenizer = AutoTokenizer.from_pretrained(existing("--target", arguments.target))
-    target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype="auto")
+    target = load_target("--target", arguments.target)
     if isinstance(target, DovetailAssistantModel):
         raise ValueError(f"--target {arguments.target} is a draft; give the model that it drafts for")
+    tokenizer = load_tokenizer("--target", arguments.target)
     prepare_target(target, arguments.engine)
     draft = DovetailAssistantModel.from_pretrained(existing("--draft", arguments.draft), dtype="auto")
     inputs = tokenizer(arguments.prompt, return_tensors="pt")

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .config import DovetailConfig, describe_head, describe_target, public_name
 from .formats import FORMATS, read_config, read_tensors
+from .loading import load_tokenizer
 from .modeling import DovetailAssistantModel
 from .weights import check_fits_config, feature_layers
 
@@ -40,7 +41,7 @@ def convert_draft(source: str, out: Path, target: str | None = None) -> str:
     tokenizer = None
     if target is not None:
         _settle(draft, AutoConfig.from_pretrained(target), target)
-        tokenizer = AutoTokenizer.from_pretrained(target)
+        tokenizer = load_tokenizer("--target", target)
     summary = _summary(draft.config)
     _write(draft, tokenizer, _card(draft.config, summary, public_name(source)), out)
     return summary

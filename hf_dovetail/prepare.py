@@ -269,7 +269,7 @@ def _works_on(draft: DovetailAssistantModel, device: torch.device, target: PreTr
 def _bytes(budget: int | str) -> int:
     try:
         size = convert_file_size_to_int(budget) if isinstance(budget, int | str) else -1
-    except ValueError:
+    except (ValueError, OverflowError):  # of an infinite number
         size = -1
     if size <= 0 or isinstance(budget, bool):
         raise ValueError(f'vram_budget is {budget!r}; expected a number of bytes, or a size such as "7GiB" or "800MB"')

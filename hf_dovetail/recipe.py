@@ -77,6 +77,8 @@ class Recipe:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"Recipe.{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
+        if self.patience and not self.validate_every:
+            raise ValueError(f"Recipe.patience is {self.patience}, but nothing is validated; set validate_every")
         if not self.clip > 0:
             raise ValueError(f"Recipe.clip is {self.clip}; expected more than 0")
         if self.unroll > self.window // 2:

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .names import existing
+from .loading import load_target, load_tokenizer
 from .recipe import CHOICES, MEASURED_WIDTH, PAPER, Recipe, default_recipe, option_help
 
 if TYPE_CHECKING:
@@ -89,20 +89,22 @@ def _recipe(arguments: argparse.Namespace, target: PreTrainedModel) -> Recipe:
 
 
 def _load_target(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     if not arguments.target:
         raise ValueError("give the target with --target")
-    tokenizer = AutoTokenizer.from_pretrained(existing("--target", arguments.target))
-    return AutoModelForCausalLM.from_pretrained(arguments.target, dtype="auto"), tokenizer
+    target = load_target("--target", arguments.target)
+    return target, load_tokenizer("--target", arguments.target)
+
+
+def _check_data(arguments: argparse.Namespace) -> None:
+    """Refuse a command without data, before a large target is loaded for nothing."""
+    if not arguments.data:
+        raise ValueError("give the training data with --data")
 
 
 def _windows(tokenizer: PreTrainedTokenizerBase, data: list, window: int, strict: bool) -> Windows:
     """The data as windows; says what was skipped."""
     from .train import Skipped, load_windows
 
-    if not data:
-        raise ValueError("give the training data with --data")
     skipped = Skipped(strict)
     windows = load_windows(data, tokenizer, window, skipped)
     _say(skipped)
@@ -132,9 +134,12 @@ def _train(arguments: argparse.Namespace) -> None:
 
     from .modeling import DovetailAssistantModel
     from .train import Extras, train_draft
+    from .train.loop import check_unfinished
     from .train.processes import this_process
 
+    check_unfinished(arguments.out)
     if arguments.features is None:
+        _check_data(arguments)
         target, tokenizer = _load_target(arguments)
         recipe, data, strict = _recipe(arguments, target), list(arguments.data), arguments.strict
         if arguments.regenerate:
@@ -163,15 +168,13 @@ def _names(arguments: argparse.Namespace) -> list[str]:
 
 def _stored(arguments: argparse.Namespace) -> tuple:
     """Target or stand-in, tokenizer and features of a folder of captured features."""
-    from transformers import AutoTokenizer
-
     from .train import StoredFeatures
 
     if arguments.data or arguments.regenerate:
         raise ValueError("--features holds the text already; leave out --data and --regenerate, or --features")
     target = _load_target(arguments)[0] if arguments.target else None
     source = StoredFeatures(arguments.features, target)
-    return source.target, AutoTokenizer.from_pretrained(arguments.features), source
+    return source.target, load_tokenizer("--features", str(arguments.features)), source
 
 
 def _prompts(arguments: argparse.Namespace, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, text: Any) -> tuple:
@@ -199,6 +202,7 @@ def _capture(arguments: argparse.Namespace) -> None:
     from .train import capture_features
     from .train.processes import this_process
 
+    _check_data(arguments)
     target, tokenizer = _load_target(arguments)
     windows = _windows(tokenizer, list(arguments.data), arguments.window, arguments.strict)
     layers = DovetailConfig.for_target(target.config, 1, arguments.fusion).feature_layers

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,12 @@ def test_bad_use_ends_with_one_clear_line(tmp_path: Path) -> None:
 
     short, pair = tmp_path / "short.txt", str(pair_path("target"))
     short.write_text("x = 1\n")
+    bare, cut = tmp_path / "bare", tmp_path / "cut"
+    for folder in (bare, cut):
+        folder.mkdir()
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(pair_path("target") / name, folder)
+    os.truncate(cut / "model.safetensors", 5_000)
     cases = [
         (("demo", "--repeats", "0"), "--repeats is 0"),
         (("demo", "--prompt", ""), "the prompt is empty"),
@@ -77,6 +84,10 @@ def test_bad_use_ends_with_one_clear_line(tmp_path: Path) -> None:
         (("bench", "--target", "/no/such/folder", "--draft", pair), "--target: there is no folder /no/such/folder"),
         (("bench", "--target", pair, "--draft", pair, "--assistant", str(short)), "short.txt is a file; expected"),
         (("train", "--target", pair, "--data", str(short), "--out", str(tmp_path)), "at least one window of 256"),
+        (("generate", "--target", str(bare), "--draft", str(pair_path("draft")), "x"), "bare holds no tokenizer that"),
+        (("generate", "--target", str(cut), "--draft", str(pair_path("draft")), "x"), "the weights in"),
+        (("capture", "--target", pair, "--out", str(tmp_path)), "give the training data with --data"),
+        (("train", "--target", "/no", "--data", "x", "--out", str(pair_path("draft"))), "holds a finished draft"),
         (("train", "--target", str(pair_path("target")), "--data", str(broken), "--out", str(tmp_path)), "line 2"),
     ]
     for arguments, message in cases:

@@ -392,6 +392,7 @@ def test_saving_pipelines_and_moves(tmp_path: Path, accelerator: Accelerator) ->
     [
         ({"vram_budget": "7 gigs"}, "expected a number of bytes"),
         ({"vram_budget": -1}, "expected a number of bytes"),
+        ({"vram_budget": "infGiB"}, "expected a number of bytes"),
         ({"vram_budget": 1.5}, "expected a number of bytes"),
         ({"vram_budget": True}, "expected a number of bytes"),
         ({"vram_budget": "1GiB", "context": 0}, "context is 0; expected a number of tokens, 1 to the model's 256"),

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
 from hf_dovetail.recipe import Recipe
-from hf_dovetail.train import Extras, Windows, capture, continue_stream, draft_loss, read_texts, train_draft
+from hf_dovetail.train import Extras, Windows, capture, continue_stream, draft_loss, pack, read_texts, train_draft
 
 RECIPE = Recipe(steps=30, batch=8, window=64, learning_rate=3e-3, warmup=5, distribution_weight=1.0, save_every=10)
 
@@ -73,6 +73,10 @@ def test_bad_training_input(target, windows, tmp_path: Path) -> None:
         Recipe(window=8, unroll=8)
     with pytest.raises(ValueError, match=r"Recipe.warmup is -5"):
         Recipe(warmup=-5)
+    with pytest.raises(ValueError, match=r"Recipe.patience is 2, but nothing is validated"):
+        Recipe(patience=2)
+    with pytest.raises(ValueError, match=r"windows of -1 tokens; expected at least 1"):
+        pack([], -1)
     broken = new_draft(target)
     broken.meet(target)
     torch.nn.init.constant_(broken.fusion.W_1, float("nan"))
@@ -103,10 +107,10 @@ def test_a_folder_of_another_run_is_not_touched(target, windows, tmp_path: Path)
     tuned = load_target()
     torch.nn.init.ones_(tuned.model.layers[2].input_layernorm.weight)
     for name, arguments in (
-        ("recipe", (new_draft(target), target, windows, replace(few, learning_rate=0.5))),
-        ("draft", (other, target, windows, few)),
-        ("text", (new_draft(target), target, windows[:-1], few)),
-        ("text", (new_draft(target), target, windows.flip(0), few)),  # as many tokens, and the same ones
+        ("recipe.learning_rate", (new_draft(target), target, windows, replace(few, learning_rate=0.5))),
+        ("draft.num_hidden_layers", (other, target, windows, few)),
+        ("text.windows", (new_draft(target), target, windows[:-1], few)),
+        ("text.sha256", (new_draft(target), target, windows.flip(0), few)),  # as many tokens, and the same ones
         ("target", (new_draft(target), tuned, windows, few)),
     ):
         with pytest.raises(ValueError, match=f"belongs to another run: its {name} is"):

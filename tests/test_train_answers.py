@@ -91,7 +91,7 @@ def test_a_killed_run_makes_only_the_missing_files(target, tokenizer, tmp_path: 
     assert regenerate(target, tokenizer, RECORDS, how, tmp_path) == paths
     assert [path.read_text() for path in paths] == before
     assert paths[0].stat().st_mtime_ns == kept
-    with pytest.raises(ValueError, match="belongs to another run: its answering is"):
+    with pytest.raises(ValueError, match=r"belongs to another run: its answering.seed is 3, this run's is 4"):
         regenerate(target, tokenizer, RECORDS, replace(how, seed=4), tmp_path)
     with pytest.raises(ValueError, match="its records is 5, this run's is 4"):
         regenerate(target, tokenizer, RECORDS[:4], how, tmp_path)

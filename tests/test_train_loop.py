@@ -10,19 +10,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from training import RECIPE, ROOT, Interrupting, losses, metrics, new_draft, weights
 
 from hf_dovetail import DovetailAssistantModel
 from hf_dovetail.demo import pair_path
 from hf_dovetail.recipe import PAPER, Recipe, default_recipe
-from hf_dovetail.train import Extras, hold_out, train_draft, validate
+from hf_dovetail.train import Extras, hold_out, loop, train_draft, validate
 from hf_dovetail.train.checkpoints import Progress
 from hf_dovetail.train.losses import distribution_distances
-from hf_dovetail.train.tracking import CsvTracker
+from hf_dovetail.train.tracking import CsvTracker, trackers
 
 
 def test_a_step_in_parts_is_the_same_step(target, windows, tmp_path: Path) -> None:
@@ -254,11 +257,46 @@ def test_tensorboard_is_written_or_its_absence_said(target, windows, tmp_path: P
     try:
         import tensorboard  # noqa: F401
     except ImportError:
-        with pytest.raises(ValueError, match="TensorBoard is not installed; pip install tensorboard"):
+        with pytest.raises(ValueError, match="tensorboard is not installed; pip install tensorboard"):
             train_draft(new_draft(target), target, windows, RECIPE, tmp_path, extras=extras)
         return
     train_draft(new_draft(target), target, windows, replace(RECIPE, steps=2), tmp_path, extras=extras)
     assert list((tmp_path / "training").glob("events.out.tfevents.*"))
+
+
+def test_a_tracker_that_is_not_there_is_not_passed_over() -> None:
+    """Guards accelerate's way: it leaves out what is not installed, without a word."""
+    with pytest.raises(ValueError, match="there is no tracker 'nonsense'; expected all, or some of aim, tensorboard"):
+        trackers(["nonsense"], Path("metrics.csv"))
+    if not find_spec("aim"):
+        with pytest.raises(ValueError, match="aim is not installed; pip install aim, or leave out --log-with aim"):
+            trackers(["aim"], Path("metrics.csv"))
+    assert trackers([], Path("metrics.csv"))[1][0].tracker == Path("metrics.csv")
+
+
+def test_a_gradient_that_is_not_finite_is_kept_out_of_the_checkpoint(
+    target, windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finite loss with a gradient that is not: the checkpoint stays as it was, and goes on with a lower rate."""
+    whole_loss, calls = loop.DraftLoss.forward, []
+
+    def forward(module: loop.DraftLoss, *arguments: Any) -> Tensor:
+        calls.append(None)
+        loss = whole_loss(module, *arguments)
+        return loss + (loss.detach() - loss).abs().sqrt() if len(calls) == 4 else loss  # the root's slope at 0
+
+    monkeypatch.setattr(loop.DraftLoss, "forward", forward)
+    recipe = replace(RECIPE, save_every=1)
+    with pytest.raises(FloatingPointError, match=r"the gradient's norm is nan at step 4; lower learning_rate"):
+        train_draft(new_draft(target), target, windows, recipe, tmp_path)
+    assert len(losses(tmp_path)) == 3
+    before = losses(tmp_path)
+    with pytest.raises(ValueError, match=r"its recipe.learning_rate is 0.003, this run's is 0.03"):
+        train_draft(new_draft(target), target, windows, replace(recipe, learning_rate=0.03), tmp_path)
+    train_draft(new_draft(target), target, windows, replace(recipe, learning_rate=0.001), tmp_path)
+    assert losses(tmp_path)[:3] == before
+    assert len(losses(tmp_path)) == recipe.steps
+    assert json.loads((tmp_path / "recipe.json").read_text())["learning_rate"] == 0.001
 
 
 def test_the_finished_folder_is_complete(target, tokenizer, windows, tmp_path: Path) -> None:
@@ -272,5 +310,8 @@ def test_the_finished_folder_is_complete(target, tokenizer, windows, tmp_path: P
     card = (tmp_path / "README.md").read_text()
     assert "| data | target.py |" in card
     assert "| learning_rate | 0.003 |" in card
-    assert f"{len(windows)} windows of 32 tokens" in card
+    assert (
+        f"{len(windows)} windows of 32 tokens, of which {windows.counted.sum():,} of {windows.counted.numel():,}"
+        in card
+    )
     assert json.loads((tmp_path / "recipe.json").read_text())["steps"] == 2

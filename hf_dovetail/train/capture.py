@@ -11,13 +11,13 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -27,7 +27,7 @@ from ..config import describe_head, describe_target
 from ..modeling import DovetailAssistantModel
 from ..weights import feature_layers
 from .features import Batch, capture, check_length, fingerprint, text_facts
-from .files import check_facts, write_whole
+from .files import check_facts, read_facts, write_whole
 from .processes import this_process
 from .text import Windows
 
@@ -95,7 +95,7 @@ def _open_folder(target: PreTrainedModel, folder: Path, facts: dict[str, Any], d
     """Write the manifest of a new folder, or compare it."""
     manifest = folder / MANIFEST
     if manifest.exists():
-        check_facts(facts, json.loads(manifest.read_text()), folder)
+        check_facts(facts, read_facts(manifest), folder)
         return
     folder.mkdir(parents=True, exist_ok=True)
     target.config.save_pretrained(folder)
@@ -140,13 +140,14 @@ class StoredFeatures:
 
     Raises:
         ValueError: if shards are missing, or they are another target's.
+        OSError: if a file is damaged.
     """
 
     def __init__(self, folder: Path, target: PreTrainedModel | None = None) -> None:
         self.folder = Path(folder)
         if not (self.folder / MANIFEST).exists():
             raise ValueError(f"{folder} holds no captured features; make them with hf-dovetail capture")
-        self.facts = json.loads((self.folder / MANIFEST).read_text())
+        self.facts = read_facts(self.folder / MANIFEST, ("target", "target_name", "text", "layers", "shard_windows"))
         if target is not None:
             check_facts({"target": fingerprint(target)}, self.facts, self.folder)
         self._count, self.window = self.facts["text"]["windows"]
@@ -158,11 +159,11 @@ class StoredFeatures:
                 "capture again, it makes those that are missing"
             )
         self._head: torch.nn.Module | None = None
-        self._open = lru_cache(_OPEN_SHARDS)(partial(safe_open, framework="pt"))
+        self._open = lru_cache(_OPEN_SHARDS)(_opened)
         self.target = target if target is not None else _stand_in(self.folder, self.facts["target_name"])
         self.counted = None
         if "counted" in self.facts["text"]:
-            self.counted = torch.cat([load_file(shard_path(self.folder, i))["counted"] for i in shards])
+            self.counted = torch.cat([self._open(shard_path(self.folder, i)).get_tensor("counted") for i in shards])
 
     def __len__(self) -> int:
         return self._count
@@ -207,13 +208,29 @@ class StoredFeatures:
         return finish_logits(logits, **describe_head(self.target.config))
 
 
+def _opened(path: Path) -> safe_open:
+    """A file of tensors.
+
+    Raises:
+        OSError: if it is damaged, naming it.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise OSError(
+            f"{path} is damaged ({error}); copy it again, or delete it and run hf-dovetail capture again, which makes "
+            "what is missing"
+        ) from error
+
+
 def _stand_in(folder: Path, name: str | None) -> PreTrainedModel:
     """A model of the target's class whose embeddings and LM head are real, and whose layers have no storage."""
     config = AutoConfig.from_pretrained(folder)
     config.name_or_path = name or ""
     with torch.device("meta"):
         target = AutoModelForCausalLM.from_config(config)
-    shared = {key: nn.Parameter(t, requires_grad=False) for key, t in load_file(folder / SHARED).items()}
+    with _opened(folder / SHARED) as file:
+        shared = {key: nn.Parameter(file.get_tensor(key), requires_grad=False) for key in file.keys()}  # noqa: SIM118
     target.get_input_embeddings().weight = shared["embedding"]
     target.get_output_embeddings().weight = shared.get("head", shared["embedding"])
     if "bias" in shared:

@@ -40,7 +40,7 @@ def card(
     """The card as Markdown with the hub's header."""
     config = draft.config
     size = sum(p.numel() for p in draft.parameters())
-    counted = "all tokens" if source.counted is None else f"{int(source.counted.sum()):,} of them the assistant's"
+    counted = "all" if source.counted is None else f"{int(source.counted.sum()):,} of {source.counted.numel():,}"
     rows = {
         "target": f"{config.target_name or 'unnamed'} ({config.target_type}, hidden size {config.target_hidden_size}, "
         f"vocabulary {config.target_vocab_size})",
@@ -48,7 +48,7 @@ def card(
         + ("embeddings and LM head are" if draft.predicts_features else "LM head of its own, embeddings are")
         + " the target's",
         "data": ", ".join(data) or "not named",
-        "text": f"{len(source):,} windows of {source.window} tokens, {counted}",
+        "text": f"{len(source):,} windows of {source.window} tokens, of which {counted} count in the loss",
         **figures,
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..modeling import DovetailAssistantModel
 from ..recipe import Recipe
 from .features import Source
-from .files import check_facts, remove, whole, write_whole
+from .files import check_facts, read_facts, remove, whole, write_whole
 
 logger = logging.get_logger(__name__)
 
@@ -85,13 +85,19 @@ class Checkpoint:
     def resume(self, accelerator: Accelerator, progress: Progress) -> None:
         """Go on from the checkpoint, if there is one; `progress` was registered with `accelerator`.
 
+        A learning rate that is lower than before may go on, since a run whose loss was not finite could not otherwise.
+
         Raises:
             ValueError: if it belongs to another run, naming what differs, or accelerate cannot restore it.
         """
         path = whole(self.path)
         if path is None:
             return
-        check_facts(self._facts, json.loads((path / "run.json").read_text()), path)
+        found = read_facts(path / "run.json")
+        lowered = self._lowered(found)
+        check_facts(self._facts, {**found, **lowered}, path)
+        if lowered:
+            logger.warning("%s goes on with another learning_rate: %s", path, lowered["recipe"]["learning_rate"])
         if accelerator.distributed_type == DistributedType.FSDP and compare_versions("accelerate", "<", "1.13"):
             raise ValueError(
                 f"accelerate {accelerate.__version__} does not restore the optimizer of weights that FSDP splits, so "
@@ -99,6 +105,11 @@ class Checkpoint:
             )
         accelerator.load_state(str(path))
         logger.info("resuming after step %d", progress.step)
+
+    def _lowered(self, found: dict[str, Any]) -> dict[str, Any]:
+        """The recipe of a checkpoint with this run's learning rate, if that is lower; else nothing."""
+        theirs, ours = found.get("recipe", {}), self._facts["recipe"]["learning_rate"]
+        return {"recipe": {**theirs, "learning_rate": ours}} if ours < theirs.get("learning_rate", 0) else {}
 
     def remove(self) -> None:
         """The run is finished."""

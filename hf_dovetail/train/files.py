@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,10 +84,39 @@ def check_facts(facts: Mapping[str, Any], found: Mapping[str, Any], folder: Path
     """
     for name, value in json.loads(json.dumps(facts)).items():
         if found.get(name) != value:
+            what, theirs, ours = _differing(name, found.get(name), value)
             raise ValueError(
-                f"{folder} belongs to another run: its {name} is {found.get(name)}, this run's is {value}; "
-                "choose another folder, or delete this one"
+                f"{folder} belongs to another run: its {what} is {theirs}, this run's is {ours}; choose another "
+                "folder, or delete this one"
             )
+
+
+def _differing(name: str, found: Any, wanted: Any) -> tuple[str, Any, Any]:
+    """The first part in which a fact differs: its name, and both values."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for part in (*wanted, *found):
+            if found.get(part) != wanted.get(part):
+                return _differing(f"{name}.{part}", found.get(part), wanted.get(part))
+    return name, found, wanted
+
+
+def read_facts(path: Path, needed: Collection[str] = ()) -> dict[str, Any]:
+    """What a run wrote about itself.
+
+    Args:
+        path: of the file. needed: what it must say.
+
+    Raises:
+        OSError: if the file is damaged.
+    """
+    try:
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+        missing = [name for name in needed if name not in found]
+        if missing:
+            raise ValueError(f"it does not say {', '.join(missing)}")
+        return found
+    except (ValueError, TypeError) as error:
+        raise OSError(f"{path} is damaged ({error}); delete {path.parent} and make it again") from error
 
 
 def remove(path: Path) -> None:

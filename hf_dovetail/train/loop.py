@@ -25,7 +25,7 @@ from .card import write_card
 from .checkpoints import Checkpoint, Progress, facts_of
 from .features import LiveFeatures, Source, check_length
 from .files import naming, remove, whole, write_whole
-from .processes import splits_weights, tell_batch, whole_draft
+from .processes import as_number, splits_weights, tell_batch, whole_draft
 from .steps import DraftLoss, autocast, optimizers, parts_of_step, windows_of_a_part
 from .text import Windows
 from .tracking import CsvTracker, trackers
@@ -103,7 +103,7 @@ def train_draft(
     Raises:
         ValueError: if there is too little text for one window, windows are too long for the target, the batch does not
             fall into equal parts, or `out` holds a finished draft or another run.
-        FloatingPointError: if the loss is not finite; the last checkpoint stays usable.
+        FloatingPointError: if the loss or its gradient is not finite; the last checkpoint stays usable.
         OSError: if the disk is full; the last checkpoint stays usable.
     """
     out, extras = Path(out), extras or Extras()
@@ -145,10 +145,19 @@ def _check(source: Source, recipe: Recipe, extras: Extras, out: Path) -> None:
             "tokens, so give more text or a smaller window"
         )
     check_length(source.target, recipe.window)
-    if (out / _FINISHED).exists():
-        raise ValueError(f"{out} holds a finished draft; choose another folder")
+    check_unfinished(out)
     if recipe.validate_every and not extras.prompts:
         raise ValueError(f"Recipe.validate_every is {recipe.validate_every}, but there are no prompts to validate on")
+
+
+def check_unfinished(out: Path) -> None:
+    """Refuse the folder of a finished draft.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if (out / _FINISHED).exists():
+        raise ValueError(f"{out} holds a finished draft; choose another folder")
 
 
 def _accelerator(recipe: Recipe, log_with: list, out: Path) -> Accelerator:
@@ -215,19 +224,21 @@ def _step(run: _Run, module: nn.Module, chosen: list[torch.optim.Optimizer]) -> 
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 value = accelerator.reduce(total, "mean").item()
-                _check_finite(value, run)
-                accelerator.clip_grad_norm_(module.parameters(), recipe.clip)
+                _check_finite("loss", value, run)
+                norm = accelerator.clip_grad_norm_(module.parameters(), recipe.clip)
+                _check_finite("gradient's norm", as_number(norm), run)
             for optimizer in chosen:
                 optimizer.step()
                 optimizer.zero_grad()
     return value
 
 
-def _check_finite(loss: float, run: _Run) -> None:
-    if not math.isfinite(loss):
+def _check_finite(what: str, value: float, run: _Run) -> None:
+    """Stop before the weights are changed by what is no number, since a checkpoint would keep them."""
+    if not math.isfinite(value):
         raise FloatingPointError(
-            f"the loss is {loss} at step {run.progress.step + 1}; lower learning_rate (now {run.recipe.learning_rate}) "
-            "and run again"
+            f"the {what} is {value} at step {run.progress.step + 1}; lower learning_rate (now "
+            f"{run.recipe.learning_rate}) and run again: the last checkpoint goes on with a lower one"
         )
 
 

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .features import fingerprint
-from .files import check_facts, write_whole
+from .files import check_facts, read_facts, write_whole
 from .processes import this_process
 from .records import Record, Skipped, read_records
 from .text import render_chat, rendered
@@ -169,7 +169,7 @@ def regenerate(
 def _open_folder(folder: Path, facts: dict[str, Any]) -> None:
     path = folder / FACTS
     if path.exists():
-        check_facts(facts, json.loads(path.read_text()), folder)
+        check_facts(facts, read_facts(path), folder)
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda fresh: fresh.write_text(json.dumps(facts)), "the manifest of the answers")

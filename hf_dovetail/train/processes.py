@@ -29,6 +29,13 @@ def tell_batch(accelerator: Accelerator, windows: int) -> None:
             config["train_micro_batch_size_per_gpu"] = windows
 
 
+def as_number(norm: torch.Tensor | float | None) -> float:
+    """A gradient's norm, which FSDP may leave in parts, and DeepSpeed may not know (0)."""
+    if norm is None:
+        return 0.0
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
 def whole_draft(draft: DovetailAssistantModel, module: nn.Module, accelerator: Accelerator) -> DovetailAssistantModel:
     """A draft that can draft: itself, or a copy on every process if its weights are split over them.
 

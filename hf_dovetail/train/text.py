@@ -178,8 +178,10 @@ def pack(texts: Iterable[Encoded], window: int) -> Windows:
     """Texts one behind the other, cut into windows; windows in which nothing counts are left out.
 
     Raises:
-        ValueError: if there is too little text for one window.
+        ValueError: if there is too little text for one window, or a window would be empty.
     """
+    if window < 1:
+        raise ValueError(f"windows of {window} tokens; expected at least 1")
     parts = list(texts)
     length = sum(len(part.ids) for part in parts)
     if length < window:

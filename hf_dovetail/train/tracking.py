@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import GeneralTracker, on_main_process
+from accelerate.tracking import GeneralTracker, get_available_trackers, on_main_process
+from accelerate.utils import LoggerType
 
 from .files import naming, write_whole
 from .validate import SHAPE
@@ -76,9 +76,14 @@ def trackers(names: Sequence[str], csv_path: Path) -> tuple[CsvTracker, list[str
     """The CSV file, which every run writes, and beside it those of accelerate's trackers that `names` asks for.
 
     Raises:
-        ValueError: if TensorBoard is asked for and not installed.
+        ValueError: if one is not installed, which accelerate would pass over, or there is none of that name.
     """
-    if "tensorboard" in names and not (find_spec("tensorboard") or find_spec("tensorboardX")):
-        raise ValueError("TensorBoard is not installed; pip install tensorboard, or leave out --log-with tensorboard")
+    known = [str(name) for name in LoggerType if name != LoggerType.ALL]
+    here = [str(name) for name in get_available_trackers()]
+    for name in names:
+        if name not in (*known, "all"):
+            raise ValueError(f"there is no tracker {name!r}; expected all, or some of {', '.join(known)}")
+        if name in known and name not in here:
+            raise ValueError(f"{name} is not installed; pip install {name}, or leave out --log-with {name}")
     file = CsvTracker(csv_path)
     return file, [file, *names]
