@@ -12,9 +12,8 @@ import torch
 
 from hf_dovetail import prepare_target
 from hf_dovetail.curves import MAX_ROWS
-from hf_dovetail.engines import compiler, int4, int8, native
+from hf_dovetail.engines import compiler, int4, int8, native, onednn
 from hf_dovetail.engines.best import best as best_of
-from hf_dovetail.engines.onednn import OneDnnKernel
 from hf_dovetail.engines.quantised import QuantisedKernel
 from hf_dovetail.levels import likeliest
 from hf_dovetail.packed import PackedWeight
@@ -64,7 +63,7 @@ def test_products_in_bf16_are_right_and_rows_are_alone(shape: tuple[int, int]) -
     generator = torch.Generator().manual_seed(0)
     weight, rows, bias = (torch.randn(*size, generator=generator) for size in (shape, (MAX_ROWS, inputs), (outputs,)))
     weight, rows, bias = (weight / inputs**0.5).bfloat16(), rows.bfloat16(), bias.bfloat16()
-    kernel = OneDnnKernel(weight)
+    kernel = onednn.pack(weight)
     assert isinstance(kernel._native, native.NativeBf16)
     found = kernel._native.product(rows, bias)
     exact = rows.double() @ weight.double().T + bias.double()
@@ -207,7 +206,7 @@ def _fails(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def _old_cpu(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    patch.setattr(native, "cpu_flags", lambda: {"avx2", "avx512f", "avx512bw", "avx512vl"})
+    patch.setattr(native, "cpu_flags", lambda: {"sse4_2", "avx"})
 
 
 def _cache_is_a_file(patch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -219,7 +218,7 @@ def _cache_is_a_file(patch: pytest.MonkeyPatch, folder: Path) -> None:
     [
         (_not_there, "no C compiler: none of cc, gcc, clang"),
         (_chosen_not_there, "no C compiler: .CC is 'no-such-compiler'"),
-        (_old_cpu, "no AVX512-VNNI .missing: avx512_vnni"),
+        (_old_cpu, "neither AVX512-VNNI nor AVX2 .missing: avx2, bmi1, fma, popcnt"),
         pytest.param(_fails, "failed .*status 3.*crt1", marks=has_compiler),
         pytest.param(_cache_is_a_file, "cannot be kept", marks=has_compiler),
     ],

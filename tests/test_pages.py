@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_dovetail.engines import native, pages
+from hf_dovetail.engines import native, onednn, pages
 from hf_dovetail.engines.int8 import Int8Matrix
-from hf_dovetail.engines.onednn import OneDnnKernel
 
 ROWS, WIDTH = 2048, 4096
 available = pytest.mark.skipif(pages.why_not() is not None, reason=str(pages.why_not()))
@@ -59,8 +58,8 @@ def test_packed_weights_lie_in_large_pages() -> None:
     if not collapses():
         pytest.skip("this kernel does not bring used memory into large pages at once")
     given = weight()
-    kernel = OneDnnKernel(given)
-    address, nbytes = torch.ops.mkldnn.data_ptr(kernel._packed), torch.ops.mkldnn._nbytes(kernel._packed)
+    kernel = onednn.pack(given)
+    address, nbytes = kernel.stored.data_ptr(), kernel.stored.nbytes
     assert large_bytes(address, nbytes) >= nbytes - 2 * pages.PAGE_BYTES
     assert torch.equal(kernel.dense(), given)
     if native.why_not() is None:

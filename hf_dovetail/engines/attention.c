@@ -64,7 +64,7 @@ TARGET static void turn_keys(const Attention *a, const void *keys, long start, l
         const long from = start + (column + i) * step + at, left = column + i < count ? a->width - at : 0;
         const char *at_key = (const char *)keys + from * (a->bf16 ? 2 : 4);
         _mm_prefetch(at_key + KEYS * step * (a->bf16 ? 2 : 4), _MM_HINT_T0);
-        block[i] = a->bf16 ? load_pairs(at_key, left) : bits_of(load_lanes((const float *)at_key, first(left)));
+        block[i] = a->bf16 ? load_all_halves(at_key, left) : bits_of(load_lanes((const float *)at_key, first(left)));
       }
       transpose(block);
       for (long i = 0; i < 16; i++) {

@@ -126,8 +126,8 @@ INLINE void store_halves(void *to, Lanes lanes, Halves values) { /* the first on
   if (lanes == 0xffff) _mm256_storeu_si256(to, values);
   else memcpy(to, &values, 2 * (size_t)__builtin_popcount(lanes));
 }
-/* Pairs of 16-bit numbers, up to 32 of them; zeros behind them. */
-INLINE Ints load_pairs(const void *from, long count) {
+/* Up to 32 numbers of 16 bits, zeros behind them. */
+INLINE Ints load_all_halves(const void *from, long count) {
   Ints values = zero_ints();
   if (count >= 32) return load_ints(from);
   if (count > 0) memcpy(&values, from, 2 * (size_t)count);
@@ -213,16 +213,28 @@ INLINE void pack_levels(Ints levels, int side, int32_t packed[8]) {
   }
 }
 
-/* Two products of bf16 numbers per lane are added, that of the pair's first ones first. */
-INLINE __m256 add_eight_pairs(__m256 sums, __m256i weights, __m256i pairs) {
-  const __m256i high = _mm256_set1_epi32((int)0xffff0000);
-  const __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(weights, 16));
-  const __m256 second = _mm256_castsi256_ps(_mm256_and_si256(weights, high));
-  sums = _mm256_fmadd_ps(first, _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)), sums);
-  return _mm256_fmadd_ps(second, _mm256_castsi256_ps(_mm256_and_si256(pairs, high)), sums);
+/* Sixteen pairs of bf16 numbers, whose products are added in as many parts as PAIR_PARTS: first those of the pairs' first
+ * numbers. The second ones are read anew, since there are no registers to keep them in. */
+enum { PAIR_PARTS = 2 };
+typedef Floats Pairs;
+INLINE Pairs part_of_pairs(Ints pairs, int part) {
+  return floats_of(part ? both(pairs, every_int((int)0xffff0000)) : up_16(pairs));
 }
-INLINE Floats add_pairs(Floats sums, Ints weights, Ints pairs) {
-  return (Floats){add_eight_pairs(sums.low, weights.low, pairs.low), add_eight_pairs(sums.high, weights.high, pairs.high)};
+INLINE Pairs load_pairs_part(const void *from, int part) {
+  __asm__ volatile("" : "+r"(from));
+  return part_of_pairs(load_ints(from), part);
+}
+INLINE Pairs every_pair_part(const void *from, int part) {
+  int32_t bits;
+  __asm__ volatile("" : "+r"(from));
+  memcpy(&bits, from, 4);
+  return part_of_pairs(every_int(bits), part);
+}
+/* In assembly, since compilers move the sums from register to register. */
+INLINE Floats add_pairs(Floats sums, Pairs weights, Pairs pairs) {
+  __asm__("vfmadd231ps %2, %1, %0" : "+x"(sums.low) : "x"(weights.low), "x"(pairs.low));
+  __asm__("vfmadd231ps %2, %1, %0" : "+x"(sums.high) : "x"(weights.high), "x"(pairs.high));
+  return sums;
 }
 
 INLINE void transpose_eight(__m256i block[8]) {

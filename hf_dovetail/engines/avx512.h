@@ -64,8 +64,8 @@ INLINE Ints from_halves(Halves bits) { return _mm512_cvtepu16_epi32(bits); }
 INLINE Halves to_halves(Ints values) { return _mm512_cvtepi32_epi16(values); } /* of numbers below 2^16 */
 INLINE Halves load_halves(const void *from, Lanes lanes) { return _mm256_maskz_loadu_epi16(lanes, from); }
 INLINE void store_halves(void *to, Lanes lanes, Halves values) { _mm256_mask_storeu_epi16(to, lanes, values); }
-/* Pairs of 16-bit numbers, up to 32 of them; zeros behind them. */
-INLINE Ints load_pairs(const void *from, long count) {
+/* Up to 32 numbers of 16 bits, zeros behind them. */
+INLINE Ints load_all_halves(const void *from, long count) {
   const __mmask32 mask = count >= 32 ? 0xffffffffu : (__mmask32)((1ull << (count > 0 ? count : 0)) - 1);
   return _mm512_maskz_loadu_epi16(mask, from);
 }
@@ -112,8 +112,17 @@ INLINE void pack_levels(Ints levels, int side, int32_t packed[8]) {
 }
 
 #ifdef DOVETAIL_BF16
-/* Two products of bf16 numbers per lane are added, that of the pair's first ones first. Assembly: as `add_products`. */
-INLINE Floats add_pairs(Floats sums, Ints weights, Ints pairs) {
+/* Sixteen pairs of bf16 numbers, whose products are added in as many parts as PAIR_PARTS. */
+enum { PAIR_PARTS = 1 };
+typedef Ints Pairs;
+INLINE Pairs load_pairs_part(const void *from, int part) { return (void)part, load_ints(from); }
+INLINE Pairs every_pair_part(const void *from, int part) {
+  int32_t bits;
+  memcpy(&bits, from, 4);
+  return (void)part, every_int(bits);
+}
+/* The two products of each lane are added, that of the pair's first ones first. Assembly: as `add_products`. */
+INLINE Floats add_pairs(Floats sums, Pairs weights, Pairs pairs) {
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(pairs));
   return sums;
 }

@@ -46,13 +46,15 @@ INLINE void multiply(const Product *p, const Tile *tile, const int rows, const i
     for (int v = 0; v < vectors; v++)
       sums[r][v] = tile->begin ? load_floats(tile->sums[r * VECTORS + v]) : zeros();
   for (long k = tile->begin; k < tile->end; k += 2, weights += 4 * COLUMNS, next += tile->pace) {
-    Ints columns[VECTORS];
-    for (int v = 0; v < vectors; v++) columns[v] = load_ints(weights + 64 * v);
     for (long line = 0; line < tile->pace; line += 64) _mm_prefetch((const char *)next + line, _MM_HINT_T0);
+    for (int part = 0; part < PAIR_PARTS; part++) {
+      Pairs columns[VECTORS];
+      for (int v = 0; v < vectors; v++) columns[v] = load_pairs_part(weights + 64 * v, part);
 #pragma GCC unroll 6
-    for (int r = 0; r < rows; r++) {
-      const Ints pair = four_bytes(from + r * p->inputs + k);
-      for (int v = 0; v < vectors; v++) sums[r][v] = add_pairs(sums[r][v], columns[v], pair);
+      for (int r = 0; r < rows; r++) {
+        const Pairs pair = every_pair_part(from + r * p->inputs + k, part);
+        for (int v = 0; v < vectors; v++) sums[r][v] = add_pairs(sums[r][v], columns[v], pair);
+      }
     }
   }
   if (tile->end < p->inputs) {

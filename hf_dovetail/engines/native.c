@@ -153,13 +153,14 @@ INLINE void int4_tile(const Task *t, const Tile *tile, const int rows, const int
       for (int v = 0; v < vectors; v++) total[r][v] = zero_ints();
     __asm__ volatile("" : : "r"(value) : "memory"); /* the registers are for the totals */
     for (int i = 0; i < GROUP; i += 8, weights += 4 * COLUMNS, levels += 8 * rows) {
-      Ints packed[VECTORS];
-      for (int v = 0; v < vectors; v++) packed[v] = load_ints(weights + 64 * v);
       const long fetched = tile->pace / 64 * i / GROUP * 64;
       fetch(next + fetched, tile->pace / 64 * (i + 8) / GROUP * 64 - fetched);
       for (int half = 0; half < 2; half++) {
         Ints columns[VECTORS];
-        for (int v = 0; v < vectors; v++) columns[v] = both(half ? down_4(packed[v]) : packed[v], low);
+        for (int v = 0; v < vectors; v++) {
+          const Ints packed = load_ints(weights + 64 * v);
+          columns[v] = both(half ? down_4(packed) : packed, low);
+        }
 #pragma GCC unroll 12
         for (int r = 0; r < rows; r++) {
           const Ints level = four_bytes(levels + 4 * (rows * half + r));

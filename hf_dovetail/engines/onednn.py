@@ -132,13 +132,14 @@ class NativeKernel(_Blocks):
 
 def pack(weight: Tensor) -> OneDnnKernel | NativeKernel | None:
     """The kernel of a weight (N, K) bf16 or fp32, or None if there is none here."""
-    if weight.dtype == torch.float32 or _onednn_has_bf16():
+    if weight.dtype == torch.float32 or has_bf16():
         return OneDnnKernel(weight)
     native_copy = NativeBf16.of(weight)
     return None if native_copy is None else NativeKernel(weight, native_copy)
 
 
-def _onednn_has_bf16() -> bool:
+def has_bf16() -> bool:
+    """Whether oneDNN multiplies bf16 numbers on this CPU."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -148,7 +149,7 @@ def why_not(model: PreTrainedModel) -> str | None:
         return "this build of torch has no oneDNN"
     if model.dtype not in DTYPES:
         return f"its weights are {model.dtype}, not bfloat16 or float32"
-    if model.dtype == torch.bfloat16 and not _onednn_has_bf16() and not native.multiplies_bf16():
+    if model.dtype == torch.bfloat16 and not has_bf16() and not native.multiplies_bf16():
         return f"oneDNN has no bfloat16 for this CPU, and {native.why_not() or 'no native products could be compiled'}"
     return None
 
