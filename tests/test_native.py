@@ -14,6 +14,8 @@ from hf_dovetail import prepare_target
 from hf_dovetail.curves import MAX_ROWS
 from hf_dovetail.engines import compiler, int4, int8, native, onednn
 from hf_dovetail.engines.best import best as best_of
+from hf_dovetail.engines.exact import exact_attention
+from hf_dovetail.engines.instructions import INSTRUCTION_SETS, InstructionSet
 from hf_dovetail.engines.quantised import QuantisedKernel
 from hf_dovetail.levels import likeliest
 from hf_dovetail.packed import PackedWeight
@@ -211,6 +213,37 @@ def _old_cpu(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 def _cache_is_a_file(patch: pytest.MonkeyPatch, folder: Path) -> None:
     (folder / "hf_dovetail").write_text("")
+
+
+def _results() -> list[torch.Tensor]:
+    """Of one kernel of each kind, by the library that is loaded."""
+    generator = torch.Generator().manual_seed(0)
+    levels, scales = quantised((100, 172))
+    rows, weight = torch.randn(13, 172, generator=generator), torch.randn(100, 172, generator=generator)
+    query, key, value = (torch.randn(1, n, 19, 80, generator=generator) for n in (4, 2, 2))
+    seen = torch.rand(1, 1, 19, 19, generator=generator) > 0.3
+    attended = [
+        exact_attention(None, *(each.to(dtype) for each in (query, key, value)), seen)[0]
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    products = [native.NativeInt8(levels, scales), native.NativeInt4(*int4.quantise(weight), 172)]
+    found = [each.product(rows.to(dtype)) for each in products for dtype in (torch.float32, torch.bfloat16)]
+    return [*found, *attended, best_of(rows, 5)[0]]
+
+
+@available
+@pytest.mark.parametrize("instructions", INSTRUCTION_SETS, ids=lambda each: each.name)
+def test_all_instruction_sets_give_the_same_bits(instructions: InstructionSet, fresh: pytest.MonkeyPatch) -> None:
+    """So that a lesser set is tested on a CPU that has a better one."""
+    if not instructions.needs <= native.cpu_flags():
+        pytest.skip(f"this CPU has no {instructions.name}")
+    expected = _results()
+    fresh.setattr(native, "cpu_flags", lambda: set(instructions.needs))
+    native._load.cache_clear()
+    found = _results()
+    assert native.instruction_set() is instructions
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert all(not torch.equal(each[..., :1, :], each[..., 1:2, :]) for each in found)
 
 
 @pytest.mark.parametrize(
