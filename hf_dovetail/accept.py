@@ -46,9 +46,9 @@ def walk(tree: DraftTree, logits: Tensor, select: Select, row: int = 0) -> Accep
         select: the target's choice at a node; called once per emitted token, in order.
         row: which row of the batch to walk.
     """
-    node, path, tokens = 0, [0], []
+    node, path, tokens, logits = 0, [0], [], logits[row]
     while True:
-        token, finished = select(logits[row, node : node + 1])
+        token, finished = select(logits[node : node + 1])
         tokens.append(token)
         child = None if finished else tree.child(node, token, row)
         if child is None:

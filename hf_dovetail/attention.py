@@ -29,6 +29,9 @@ TESTED_TYPES = frozenset(
 class BranchingMask:
     """Builds the masks of one model.
 
+    Attributes:
+        reads_slots: whether a layer has a window, and slots must be given.
+
     Raises:
         ValueError: if the model's attention cannot be given a mask of its own (`why_not_branching` says why).
     """
@@ -42,8 +45,11 @@ class BranchingMask:
         self._dtype = model.dtype
         self._layer_types = sorted(set(getattr(text, "layer_types", None) or ()))
         self._window = getattr(text, "sliding_window", None)
+        self.reads_slots = self._layer_types != [_FULL] if self._layer_types else self._window is not None
 
-    def __call__(self, allowed: Tensor, query_slots: Tensor, key_slots: Tensor) -> Tensor | dict[str, Tensor]:
+    def __call__(
+        self, allowed: Tensor, query_slots: Tensor | None = None, key_slots: Tensor | None = None
+    ) -> Tensor | dict[str, Tensor]:
         """The model's `attention_mask`.
 
         Args:
@@ -52,10 +58,8 @@ class BranchingMask:
             key_slots: (B, K) int64, likewise for the keys; the window counts in these.
         """
         full = self._finish(allowed)
-        if not self._layer_types and self._window is None:
-            return full
-        if self._layer_types == [_FULL]:
-            return {_FULL: full}
+        if not self.reads_slots:
+            return {_FULL: full} if self._layer_types else full
         near = query_slots[:, :, None] - key_slots[:, None, :] < self._window
         sliding = self._finish(allowed & near)
         return {_FULL: full, _SLIDING: sliding} if self._layer_types else sliding

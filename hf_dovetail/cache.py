@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
@@ -25,6 +26,7 @@ class GrowingLayer(DynamicLayer):
     def __init__(self, capacity: int = 0) -> None:
         self.length, self.capacity = 0, capacity
         self._buffers: tuple[Tensor, Tensor] | None = None
+        self._bytes: list[np.ndarray] | None = None  # the buffers as NumPy sees them, once it was asked to
         super().__init__()
 
     def _view(self, index: int) -> Tensor | None:
@@ -66,7 +68,7 @@ class GrowingLayer(DynamicLayer):
         grown = tuple(s.new_empty(*s.shape[:2], size, s.shape[-1]) for s in (key_states, value_states))
         for new, old in zip(grown, self._buffers or (), strict=False):
             new[:, :, :filled] = old[:, :, :filled]
-        self._buffers = grown
+        self._buffers, self._bytes = grown, None
 
     @property
     def on_host(self) -> bool:
@@ -89,8 +91,9 @@ class GrowingLayer(DynamicLayer):
         By NumPy's slices, which for the few positions of many layers take less time than an index into a tensor.
         """
         self.length = length
-        for buffer in self._buffers or ():
-            states = buffer.view(torch.uint8).numpy()
+        if self._bytes is None:
+            self._bytes = [buffer.view(torch.uint8).numpy() for buffer in self._buffers or ()]
+        for states in self._bytes:
             for source, place in moves:
                 states[:, :, place] = states[:, :, source]
 
@@ -140,9 +143,10 @@ class GrowingCache(DynamicCache):
             self.truncate(start + stay)
             return
         begin, moves = start + stay, _moves(start, path)  # the nodes before stand where they shall
-        positions = torch.tensor(path[stay:], device="cpu") + start
         elsewhere = {layer.device for layer in self.layers if not layer.on_host}
-        there = {device: move(positions, device) for device in elsewhere}
+        if elsewhere:
+            positions = torch.tensor(path[stay:], device="cpu") + start
+            there = {device: move(positions, device) for device in elsewhere}
         for layer in self.layers:
             if layer.on_host:
                 layer.keep_on_host(start + len(path), moves)

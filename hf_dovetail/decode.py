@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,4 +97,4 @@ def _rows(features: Tensor | None, path: tuple[int, ...], stats: GenerationStats
     """The features (1, T, h) of the rows on a path, where the target has left them."""
     if features is None or features.shape[1] == len(path):  # all of them
         return features
-    return features.index_select(1, stats.moved(torch.tensor(path, device="cpu"), features.device))
+    return features.index_select(1, stats.moved(torch.from_numpy(np.array(path)), features.device))

@@ -18,7 +18,7 @@ from .host import for_host
 from .levels import KeepGoing, expand_on_device, expand_on_host
 from .network import DraftNetwork
 from .steps import BlockSteps, LanguageModelSteps
-from .tree import rerank
+from .tree import rerank, rerank_on_host
 
 
 class DraftSession:
@@ -44,7 +44,8 @@ class DraftSession:
         sharpness: float = 1.0,
         draws: SharedDraws | None = None,
     ) -> None:
-        self._draft, self._device = draft, draft.device
+        self._draft, self._device, self._dtype = draft, draft.device, draft.dtype
+        self._last_token = draft.config.vocab_size - 1
         self._on_host = self._device.type == "cpu" if on_host is None else on_host
         self._draws, self.noise_bytes = draws, 0
         sharpness = sharpness if draws is None else 1.0
@@ -77,14 +78,15 @@ class DraftSession:
             tokens: (1, T) the tokens that follow the positions of `features`; the last one is the next root.
             features: (1, T, f) the target's features, on the draft's device; None for a draft that reads none.
         """
-        self._tokens = torch.cat((self._tokens, self._known(tokens)), dim=1)
+        tokens = self._known(tokens)
+        self._tokens = tokens if self._tokens.shape[1] == 0 else torch.cat((self._tokens, tokens), dim=1)
         if features is not None:
-            features = features.to(self._draft.dtype)
+            features = features.to(self._dtype)
             self._features = features if self._features is None else torch.cat((self._features, features), dim=1)
 
     def _known(self, tokens: Tensor) -> Tensor:
         """Tokens of the target as the draft may read them: its last in place of one that only the target has."""
-        return tokens.clamp(max=self._draft.config.vocab_size - 1)
+        return tokens.clamp(max=self._last_token)
 
     def grow(self, shape: TreeShape, keep_going: KeepGoing | None = None, shifts: np.ndarray | None = None) -> Tensor:
         """Propose the best tree of this shape (EAGLE-2's expansion and re-ranking).
@@ -108,7 +110,7 @@ class DraftSession:
         computes = torch.inference_mode() if self._draft.reads_features else torch.no_grad()
         with computes, torch.autocast(self._device.type, enabled=False):  # the user's; a draft has its own precision
             if features is None:
-                features = torch.empty(*tokens.shape, 0, dtype=self._draft.dtype, device=self._device)
+                features = torch.empty(*tokens.shape, 0, dtype=self._dtype, device=self._device)
             else:
                 features = self._draft.encode(features)
             if self._rounds is not None:
@@ -116,12 +118,11 @@ class DraftSession:
             hidden = self._steps.catch_up(tokens, features)
             try:
                 if self._on_host:
-                    candidates = expand_on_host(self._steps, hidden, shape, keep_going, shifts, choice)
-                else:
-                    candidates = expand_on_device(self._steps, hidden, shape, corrections, choice)
+                    found = expand_on_host(self._steps, hidden, shape, keep_going, shifts, choice)
+                    return rerank_on_host(found, shape.nodes)
+                return rerank(expand_on_device(self._steps, hidden, shape, corrections, choice), shape.nodes)
             finally:
                 self._steps.forget()
-            return rerank(candidates, shape.nodes)
 
     def _choice(self, levels: int) -> Choice | None:
         """How the target will choose in this round, if that can be known."""

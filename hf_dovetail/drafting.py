@@ -5,7 +5,7 @@ A draft only proposes, so an answer needs none: whatever goes wrong here ends th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -83,20 +83,23 @@ class Drafting:
             remaining: tokens that the answer may still get.
             allowed: the part of a shape that the target can verify.
         """
-        plain = DraftTree.root_only(torch.tensor([[root]], device="cpu"))
-        if not self._active:
-            return plain
-        controller, waiting = self._controller, self._waiting
+        first = torch.from_numpy(np.array([[root]]))
         with self._guarded():
-            most = allowed(controller.largest.clipped(remaining - 1))
-            shape = controller.plan(most.clipped(self._drafter.room(waiting.count)), held, waiting.count, remaining)
-            tree, found = plain, Found(*self._lookup.continuation(most.levels))
-            if shape.nodes:
-                with self._stats.clock("draft_ms"):
-                    waiting.commit()
-                    tree = self._propose(plain.tokens, shape)
-            return controller.choose(tree, found, most)
-        return plain
+            if self._active:
+                return self._chosen(first, held, remaining, allowed)
+        return DraftTree.root_only(first)
+
+    def _chosen(self, root: Tensor, held: int, remaining: int, allowed: Callable[[TreeShape], TreeShape]) -> DraftTree:
+        controller, waiting = self._controller, self._waiting
+        most = allowed(controller.largest.clipped(remaining - 1))
+        shape = controller.plan(most.clipped(self._drafter.room(waiting.count)), held, waiting.count, remaining)
+        found = Found(*self._lookup.continuation(most.levels))
+        if not shape.nodes:
+            return controller.choose(DraftTree.root_only(root), found, most)
+        with self._stats.clock("draft_ms"):
+            waiting.commit()
+            tree = self._propose(root, shape)
+        return controller.choose(tree, found, most)
 
     def _propose(self, root: Tensor, shape: TreeShape) -> DraftTree:
         """A tree of this shape under `root`, brought to the host in one copy, for which the host waits."""
@@ -168,8 +171,8 @@ class Waiting:
 
     def commit(self) -> None:
         """Hand the draft what waits: token ids, and features if it reads them."""
-        tokens = torch.cat((*self._tokens, torch.tensor([self._new], device="cpu")), dim=1)
-        features = self._moved(torch.cat(self._features, dim=1)) if self._drafter.reads_features else None
+        tokens = _joined((*self._tokens, torch.from_numpy(np.array([self._new]))))
+        features = self._moved(_joined(self._features)) if self._drafter.reads_features else None
         self._drafter.commit(self._moved(tokens), features)
         self._tokens, self._new, self._features, self.count = [], [], [], 0
 
@@ -179,3 +182,8 @@ class Waiting:
         if data.device != device or device.type == "cpu":
             self._stats.bytes_to_draft += data.nbytes
         return to_device(data, device)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """(1, T, ...) of parts one after the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=1)

@@ -121,7 +121,7 @@ def expand_on_host(
         best = best[: found.hopeful(totals[best], shape.nodes)]
         rows = best // gains.shape[1]  # which expanded node each new one descends from
         log_probs, scores, tokens, frontier = sums[best], totals[best], children.ravel()[best], before + best
-        hidden = hidden[:, torch.from_numpy(rows)]
+        hidden = hidden.index_select(1, torch.from_numpy(rows))
         visible = np.concatenate((visible[rows], np.eye(len(best), dtype=bool)), axis=1)
     return found.candidates()
 

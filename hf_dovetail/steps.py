@@ -83,7 +83,7 @@ class BlockSteps:
         self.target_ids, self.best = network.target_ids, network.best
         self.start = self.held = 0
         self._tree = self._level = 0  # rows and levels of the tree so far
-        self._least = torch.finfo(network.dtype).min
+        self._device, self._dtype, self._least = network.device, network.dtype, torch.finfo(network.dtype).min
 
     def catch_up(self, tokens: Tensor, features: Tensor) -> Tensor:
         """Compute committed rows: tokens (1, T), features (1, T, f); return the last one's hidden state (1, 1, h)."""
@@ -102,7 +102,7 @@ class BlockSteps:
         count, first = tokens.shape[1], self.held + self._tree
         self.buffer.reserve(first + count)
         mask = hidden.new_zeros(1, 1, count, first + count)
-        mask[0, 0, :, self.held :].masked_fill_(~visible, self._least)
+        mask[..., self.held :].masked_fill_(~visible, self._least)
         store, rotation = self.buffer.at(first, count), self._rotation(self.held + self._level, 1)
         self._tree += count
         self._level += 1
@@ -119,7 +119,7 @@ class BlockSteps:
     def _rotation(self, row: int, count: int) -> Rotation:
         """The rotation of `count` positions from row `row`'s on."""
         first = self.start + row
-        cos, sin = self._network.rotary.table(first + count, self._network.device, self._network.dtype)
+        cos, sin = self._network.rotary.table(first + count, self._device, self._dtype)
         return cos[:, first : first + count], sin[:, first : first + count]
 
 

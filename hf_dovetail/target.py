@@ -175,13 +175,14 @@ class Target(AbstractContextManager):
 
     def __init__(self, model: PreTrainedModel, context: Context, tap: FeatureTap, nodes: int) -> None:
         self.model, self._context, self._tap, self._nodes = model, context, tap, nodes
+        self._device, self._end = model.device, _last_position(model)
         self._dispatch = dispatch_of(model)
         self._move = Tensor.to if self._dispatch is None else context.move
         self._past = self.held = context.cache.get_seq_length()
         self.first = max(self._past, context.padding)
         self._root: Tensor | None = None  # position of the first new token
         if context.position_ids is not None:
-            self._root = (context.position_ids[..., -1:] + 1).to(model.device)
+            self._root = (context.position_ids[..., -1:] + 1).to(self._device)
             self._first_position = int(self._root.max())
         self._adopt()
 
@@ -204,10 +205,9 @@ class Target(AbstractContextManager):
 
     def allowed(self, shape: TreeShape) -> TreeShape:
         """The part of `shape` that this target can verify at the current position."""
-        if self._root is None:
+        if self._root is None or self._end is None:
             return shape
-        room = _position_limit(self.model, self._first_position + self._new)
-        return shape if room is None else shape.clipped(room)
+        return shape.clipped(max(self._end - self._first_position - self._new, 0))
 
     @property
     def _new(self) -> int:
@@ -248,8 +248,8 @@ class Target(AbstractContextManager):
     ) -> TargetOutput:
         positions = {}
         if self._root is not None:
-            positions["position_ids"] = self._root + self._new + tree.depths.to(self._root.device)
-        inputs = {"input_ids": tree.tokens.to(self.model.device), **positions, **self._context.options}
+            positions["position_ids"] = self._root + self._new + tree.depths.to(self._device)
+        inputs = {"input_ids": tree.tokens.to(self._device), **positions, **self._context.options}
         output, features = self._run(
             lambda: self.model(**inputs, attention_mask=attention_mask, past_key_values=self.cache, use_cache=True),
             given,
@@ -270,7 +270,8 @@ class TreeTarget(Target):
     def _adopt(self) -> None:
         self._branching = BranchingMask(self.model)
         mask = self._context.attention_mask
-        self._prompt_masks = {} if mask is None else {mask.device: mask.bool()}  # (1, n), where they were needed so far
+        hides = mask is not None and not mask.all()
+        self._prompt_masks = {mask.device: mask.bool()} if hides else {}  # (1, n), where they were needed so far
         soon = self._context.prompt_length + 256
         if self._dispatch is not None:  # room was planned for; growing would take it twice for a moment
             soon = max(soon, self._dispatch.context)
@@ -282,7 +283,7 @@ class TreeTarget(Target):
         if tree.num_nodes == 0:  # plain decoding: the model makes its own mask, as it would there
             return self._forward(tree, self._causal_mask(1))
         parts = tree.ancestors, tree.depths
-        here, dispatch = self._tree_mask(*parts, self.model.device), self._dispatch
+        here, dispatch = self._tree_mask(*parts, self._device), self._dispatch
         if dispatch is None or dispatch.layers == 0:
             return self._forward(tree, here)
         there = self._tree_mask(*parts, dispatch.device)  # made there: a tree is small, a mask is not
@@ -292,13 +293,16 @@ class TreeTarget(Target):
     def _tree_mask(self, ancestors: Tensor, depths: Tensor, device: torch.device) -> Tensor | dict[str, Tensor]:
         """The mask of a tree on a device, from (1, R, R) and (1, R) of its rows."""
         held, rows = self.held, depths.shape[1]
-        prefix = torch.ones(1, rows, held, dtype=torch.bool, device=device)
+        allowed = torch.ones(1, rows, held + rows, dtype=torch.bool, device=device)
         mask = self._prompt_mask(device)
         if mask is not None:
-            prefix[:, :, : mask.shape[1]] = mask
+            allowed[:, :, : mask.shape[1]] = mask
+        allowed[:, :, held:] = self._move(ancestors, device)
+        if not self._branching.reads_slots:
+            return self._branching(allowed)
         slots = held + self._move(depths, device)
         keys = torch.cat((torch.arange(held, device=device).unsqueeze(0), slots), dim=1)
-        return self._branching(torch.cat((prefix, self._move(ancestors, device)), dim=-1), slots, keys)
+        return self._branching(allowed, slots, keys)
 
     def _prompt_mask(self, device: torch.device) -> Tensor | None:
         """(1, n) bool; it goes to a device once."""
@@ -380,8 +384,8 @@ def _not_croppable(cache: Cache, advice: str) -> ValueError:
     )
 
 
-def _position_limit(model: PreTrainedModel, position: int) -> int | None:
-    """How deep a path may reach from a root at `position`, or None for no limit.
+def _last_position(model: PreTrainedModel) -> int | None:
+    """The last position that a path may reach, or None for no limit.
 
     Learned position embeddings end; a dynamic RoPE changes with each token beyond its original length, so that
     no forward pass may hold two such lengths.
@@ -390,5 +394,5 @@ def _position_limit(model: PreTrainedModel, position: int) -> int | None:
     rope = getattr(text, "rope_parameters", None) or {}
     end = getattr(text, "max_position_embeddings", None)
     if end is not None and (not rope or rope.get("rope_type") == "dynamic"):
-        return max(end - 1 - position, 0)
+        return end - 1
     return None

@@ -50,6 +50,23 @@ def rerank(candidates: Candidates, nodes: int) -> Tensor:
     return torch.stack((tokens, flat_parents.int(), log_probs), dim=1)
 
 
+def rerank_on_host(candidates: Candidates, nodes: int) -> Tensor:
+    """`rerank` by NumPy: for so few numbers torch's operations take longer to begin than to compute."""
+    return torch.from_numpy(_best(*(part.numpy() for part in vars(candidates).values()), nodes))
+
+
+def _best(tokens: np.ndarray, parents: np.ndarray, log_probs: np.ndarray, scores: np.ndarray, nodes: int) -> np.ndarray:
+    """The `nodes` best of (B, C) candidates, as `rerank` packs them."""
+    kept = np.sort(np.argsort(-scores, axis=1, kind="stable")[:, :nodes], axis=1)
+    rows = np.arange(len(kept))[:, None]
+    places = np.zeros((len(kept), scores.shape[1] + 1), dtype=np.int32)  # the last is the root's, which -1 leads to
+    places[rows, kept] = np.arange(1, kept.shape[1] + 1)
+    packed = np.empty((len(kept), 3, kept.shape[1]), dtype=np.int32)
+    packed[:, 0], packed[:, 1] = tokens[rows, kept], places[rows, parents[rows, kept]]
+    packed[:, 2] = log_probs[rows, kept].view(np.int32)
+    return packed
+
+
 @dataclass(frozen=True)
 class DraftTree:
     """A tree of proposed tokens on the host.
@@ -72,19 +89,24 @@ class DraftTree:
         if self.tokens.ndim != 2 or not self.tokens.shape == self.parents.shape == self.log_probs.shape:
             shapes = [tuple(t.shape) for t in (self.tokens, self.parents, self.log_probs)]
             raise ValueError(f"tokens, parents and log_probs of a tree must share one (B, N) shape, got {shapes}")
-        parents = self.parents.numpy()
-        if not ((parents < np.arange(parents.shape[1])).all() and (parents[:, 1:] >= 0).all()):
+        for root, *parents in self.parents.tolist():
+            if root < 0 and all(0 <= parent < node for node, parent in enumerate(parents, start=1)):
+                continue
             raise ValueError(f"every node's parent must stand before it, got parents {self.parents.tolist()}")
 
     @classmethod
     def unpack(cls, root: Tensor, packed: Tensor) -> DraftTree:
         """The tree under `root` (B, 1) from `rerank`'s packed form (B, 3, N) on the host."""
-        log_probs = packed[:, 2].contiguous().view(torch.float32)
-        return cls(
-            tokens=torch.cat((root, packed[:, 0].long()), dim=1),
-            parents=torch.cat((torch.full_like(root, -1), packed[:, 1].long()), dim=1),
-            log_probs=torch.cat((log_probs.new_zeros(root.shape), log_probs), dim=1),
-        )
+        return cls._under(root.numpy(), packed.numpy())
+
+    @classmethod
+    def _under(cls, root: np.ndarray, packed: np.ndarray) -> DraftTree:
+        shape = len(packed), packed.shape[2] + 1
+        tokens, parents, log_probs = np.empty(shape, np.int64), np.empty(shape, np.int64), np.zeros(shape, np.float32)
+        tokens[:, :1], tokens[:, 1:] = root, packed[:, 0]
+        parents[:, 0], parents[:, 1:] = -1, packed[:, 1]
+        log_probs[:, 1:] = packed[:, 2].view(np.float32)
+        return cls(*map(torch.from_numpy, (tokens, parents, log_probs)))
 
     @classmethod
     def root_only(cls, root: Tensor) -> DraftTree:
@@ -101,16 +123,10 @@ class DraftTree:
         """
         if nodes >= self.num_nodes:
             return self
-        scores = self.log_probs.numpy()[:, 1:] if scores is None else scores
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :nodes] + 1
-        kept = np.zeros(self.tokens.shape, dtype=bool)
-        np.put_along_axis(kept, order, True, axis=1)
-        kept[:, 0] = True
-        places = kept.cumsum(axis=1) - 1  # where a kept node stands in the new tree
-        parents = self.parents.numpy()
-        moved = np.where(parents < 0, -1, np.take_along_axis(places, np.maximum(parents, 0), axis=1))
-        columns = (self.tokens.numpy(), moved, self.log_probs.numpy())
-        return DraftTree(*(torch.from_numpy(column[kept].reshape(len(kept), -1)) for column in columns))
+        tokens, parents, log_probs = (column.numpy() for column in (self.tokens, self.parents, self.log_probs))
+        scores = log_probs[:, 1:] if scores is None else scores
+        packed = _best(tokens[:, 1:], parents[:, 1:] - 1, log_probs[:, 1:], scores, nodes)
+        return DraftTree._under(tokens[:, :1], packed)
 
     def with_path(self, tokens: Sequence[int]) -> tuple[DraftTree, list[int]]:
         """A tree of batch 1 with a path of these tokens from its root, and the nodes of that path.
@@ -128,12 +144,10 @@ class DraftTree:
         if not new:
             return self, path
         places = list(range(self.tokens.shape[1], self.tokens.shape[1] + len(new)))
-        tree = DraftTree(
-            tokens=torch.cat((self.tokens, self.tokens.new_tensor([new])), dim=1),
-            parents=torch.cat((self.parents, self.parents.new_tensor([[node, *places[:-1]]])), dim=1),
-            log_probs=torch.cat((self.log_probs, self.log_probs.new_full((1, len(new)), float("-inf"))), dim=1),
-        )
-        return tree, path + places
+        added = [new], [[node, *places[:-1]]], np.full((1, len(new)), -np.inf, dtype=np.float32)
+        columns = zip((self.tokens, self.parents, self.log_probs), added, strict=True)
+        whole = (np.concatenate((column.numpy(), more), axis=1) for column, more in columns)
+        return DraftTree(*map(torch.from_numpy, whole)), path + places
 
     @property
     def num_nodes(self) -> int:
@@ -144,11 +158,11 @@ class DraftTree:
     def ancestors(self) -> Tensor:
         """(B, N, N) bool: whether the column's node is the row's node or one of its ancestors."""
         size = self.tokens.shape[1]
-        parents = self.parents.numpy()[:, :, None] == np.arange(size)  # (B, N, N), one-hot; the root has none
-        reach = (parents | np.eye(size, dtype=bool)).astype(np.float32)
-        for _ in range(size.bit_length()):  # each step doubles how far up a node sees
-            reach = np.minimum(reach @ reach, 1.0)
-        return torch.from_numpy(reach > 0)
+        found = np.eye(size, dtype=bool)[None].repeat(len(self.tokens), axis=0)
+        for reach, parents in zip(found, self.parents.tolist(), strict=True):
+            for node, parent in enumerate(parents[1:], start=1):
+                reach[node] |= reach[parent]
+        return torch.from_numpy(found)
 
     @cached_property
     def depths(self) -> Tensor:
@@ -159,7 +173,7 @@ class DraftTree:
             for parent in parents[1:]:
                 depths.append(depths[parent] + 1)
             found.append(depths)
-        return torch.tensor(found, device="cpu")
+        return torch.from_numpy(np.array(found, dtype=np.int64))
 
     @cached_property
     def ranks(self) -> Tensor:
@@ -171,17 +185,15 @@ class DraftTree:
                 ranks.append(children[parent])
                 children[parent] += 1
             found.append(ranks)
-        return torch.tensor(found, device="cpu")
+        return torch.from_numpy(np.array(found, dtype=np.int64))
 
     @cached_property
     def _children(self) -> list[dict[tuple[int, int], int]]:
         """Of each row of the batch: the first node with this parent and token."""
         found = []
         for parents, tokens in zip(self.parents.tolist(), self.tokens.tolist(), strict=True):
-            nodes: dict[tuple[int, int], int] = {}
-            for node, edge in enumerate(zip(parents, tokens, strict=True)):
-                nodes.setdefault(edge, node)
-            found.append(nodes)
+            edges = zip(reversed(parents), reversed(tokens), strict=True)
+            found.append(dict(zip(edges, reversed(range(len(tokens))), strict=True)))  # the first comes last, and stays
         return found
 
     def child(self, node: int, token: int, row: int = 0) -> int | None:

@@ -31,10 +31,10 @@ def gains_of(tree: DraftTree, shifts: np.ndarray) -> np.ndarray:
 
 def sums_of(tree: DraftTree, gains: np.ndarray) -> np.ndarray:
     """(N,) scores of nodes with these `gains` (N,): those of their paths; no child's is above its parent's."""
-    sums = np.zeros(len(gains) + 1)
-    for node, (parent, gain) in enumerate(zip(tree.parents.numpy()[0, 1:], gains, strict=True), start=1):
-        sums[node] = sums[parent] + gain
-    return sums[1:]
+    sums = [0.0]
+    for parent, gain in zip(tree.parents.tolist()[0][1:], gains.tolist(), strict=True):
+        sums.append(sums[parent] + gain)
+    return np.array(sums[1:])
 
 
 def worth_of(chances: np.ndarray, rows: np.ndarray) -> float:

@@ -28,7 +28,7 @@ STEPS: dict[str, tuple[Any, str]] = {
     "tokens to catch up with": (DraftSession, "commit"),
     "a pass of the network": (RecastLM, "logits"),
     "a level": (levels, "best_continuations"),
-    "the best nodes": (draft, "rerank"),
+    "the best nodes": (draft, "rerank_on_host"),
     "the packed tree": (DraftTree, "unpack"),
     "the room": (DovetailCandidateGenerator, "room"),
     "the plan": (AutoController, "plan"),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from hf_dovetail import TreeShape
-from hf_dovetail.tree import Candidates, DraftTree, rerank
+from hf_dovetail.tree import Candidates, DraftTree, rerank, rerank_on_host
 
 SEEDS = range(12)
 
@@ -104,18 +106,21 @@ def test_rerank_keeps_the_best_and_every_parent_of_them(seed: int, ties: bool) -
     tokens, parents, log_probs, scores = (t[0].tolist() for t in vars(found).values())
     for nodes in (1, 7, 16, 60, 99):
         kept = sorted(sorted(range(60), key=lambda i: (-scores[i], i))[:nodes])
-        tree = DraftTree.unpack(torch.tensor([[77]]), rerank(found, nodes))
+        packed = rerank(found, nodes)
+        assert torch.equal(rerank_on_host(found, nodes), packed)
+        tree = DraftTree.unpack(torch.tensor([[77]]), packed)
         assert tree.tokens[0].tolist() == [77, *(tokens[i] for i in kept)]
         assert tree.parents[0].tolist() == [-1, *(kept.index(parents[i]) + 1 if parents[i] >= 0 else 0 for i in kept)]
         assert tree.log_probs[0].tolist() == pytest.approx([0.0, *(log_probs[i] for i in kept)])
     assert not ties or len(set(scores)) < 20
 
 
-def test_rerank_ranks_each_row_of_a_batch_by_itself() -> None:
+@pytest.mark.parametrize("ranked", [rerank, rerank_on_host])
+def test_rerank_ranks_each_row_of_a_batch_by_itself(ranked: Callable[[Candidates, int], Tensor]) -> None:
     one, two = (random_candidates(random.Random(seed), 30, False) for seed in (1, 2))
     pairs = zip(vars(one).values(), vars(two).values(), strict=True)
-    packed = rerank(Candidates(*(torch.cat(pair) for pair in pairs)), 8)
-    assert torch.equal(packed, torch.cat((rerank(one, 8), rerank(two, 8))))
+    packed = ranked(Candidates(*(torch.cat(pair) for pair in pairs)), 8)
+    assert torch.equal(packed, torch.cat((ranked(one, 8), ranked(two, 8))))
     assert not torch.equal(packed[0], packed[1])
 
 

@@ -36,7 +36,7 @@ class TokenSelector:
         """Choose from (1, V) logits; return the token and whether the answer ends with it."""
         device = self.input_ids.device
         if self._needs_only_the_best:
-            return self._take(self._move(logits.float().argmax(dim=-1), device))
+            return self._take(self._move(_best(logits.float()), device))
         raw = self._move(logits, device).to(copy=True, dtype=torch.float32)
         processed = self._processors(self.input_ids, raw)
         if self.scores is not None:
@@ -46,7 +46,7 @@ class TokenSelector:
         if self._do_sample:
             token = torch.multinomial(nn.functional.softmax(processed, dim=-1), num_samples=1).squeeze(1)
         else:
-            token = torch.argmax(processed, dim=-1)
+            token = _best(processed)
         return self._take(token)
 
     @property
@@ -57,7 +57,7 @@ class TokenSelector:
     def _take(self, token: Tensor) -> tuple[int, bool]:
         """Enter a chosen token (1,); it, and whether the answer ends with it."""
         self.input_ids = torch.cat([self.input_ids, token[:, None]], dim=-1)
-        finished = bool(self._move(self._criteria(self.input_ids, self.scores), HOST).all())
+        finished = bool(self._move(self._criteria(self.input_ids, self.scores), HOST))
         token = self._move(token, HOST)
         if self._streamer is not None:
             self._streamer.put(token)
@@ -66,3 +66,10 @@ class TokenSelector:
     def remaining(self) -> int:
         """Tokens that fit below the maximum length."""
         return self._max_length - self.input_ids.shape[1]
+
+
+def _best(logits: Tensor) -> Tensor:
+    """(1,) the place of the largest of (1, V) logits, the first of equals; NumPy finds it several times faster."""
+    if logits.device.type != "cpu" or logits.dtype != torch.float32:
+        return logits.argmax(dim=-1)
+    return torch.from_numpy(logits.numpy().argmax(axis=-1))
