@@ -39,7 +39,7 @@ def kernels_of(model: torch.nn.Module) -> set[type]:
 
 
 @has_compiler
-@pytest.mark.skipif(native.best_set(native.cpu_flags()) is None, reason="this CPU cannot run the kernels")
+@pytest.mark.skipif(not native.sets_of(native.cpu_flags()), reason="this CPU cannot run the kernels")
 def test_the_kernels_compile_where_they_can_run() -> None:
     """Else the tests of the kernels would be left out, and nobody would notice."""
     assert native.why_not() is None
@@ -251,7 +251,7 @@ def test_all_instruction_sets_give_the_same_bits(instructions: InstructionSet, f
     [
         (_not_there, "no C compiler: none of cc, gcc, clang"),
         (_chosen_not_there, "no C compiler: .CC is 'no-such-compiler'"),
-        (_old_cpu, "neither AVX512-VNNI nor AVX2 .missing: avx2, bmi1, fma, popcnt"),
+        (_old_cpu, "no AVX2 .missing: avx2, bmi1, fma, popcnt"),
         pytest.param(_fails, "failed .*status 3.*crt1", marks=has_compiler),
         pytest.param(_cache_is_a_file, "cannot be kept", marks=has_compiler),
     ],

@@ -1,4 +1,5 @@
-/* Sixteen numbers side by side in two registers of AVX2; the words of `avx512.h`, with the same results. */
+/* Sixteen numbers side by side in two registers of AVX2; the words of `avx512.h`, with the same results. With
+ * DOVETAIL_AVX_VNNI, products of 8-bit weights are those of AVX-VNNI. */
 #ifndef DOVETAIL_AVX2_H
 #define DOVETAIL_AVX2_H
 
@@ -6,13 +7,22 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifdef DOVETAIL_AVX_VNNI
+#define TARGET __attribute__((target("avx2,fma,bmi,popcnt,avxvnni")))
+#else
 #define TARGET __attribute__((target("avx2,fma,bmi,popcnt")))
+#endif
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
 enum {
-  WIDE = 0,         /* 16 registers of 8 numbers */
-  SIDE_BY_SIDE = 2, /* inputs of 8-bit weights whose products are added in one step */
-  ZERO_POINT = 0,   /* of 8-bit weights */
+  WIDE = 0, /* 16 registers of 8 numbers */
+#ifdef DOVETAIL_AVX_VNNI
+  SIDE_BY_SIDE = 4, /* inputs of 8-bit weights whose products are added in one step */
+  ZERO_POINT = 128, /* of 8-bit weights */
+#else
+  SIDE_BY_SIDE = 2,
+  ZERO_POINT = 0,
+#endif
 };
 
 typedef struct { __m256 low, high; } Floats;  /* 16 in float32 */
@@ -176,6 +186,18 @@ INLINE Floats scale_by_power(Lanes lanes, Floats y, Floats n) {
   return choose(lanes, times(y, (Floats){power_of_two(n.low), power_of_two(n.high)}), zeros());
 }
 
+#ifdef DOVETAIL_AVX_VNNI
+/* Sixteen columns of 8-bit weights of as many inputs as stand side by side. */
+INLINE Ints load_columns(const uint8_t *from) { return load_ints(from); }
+/* Products of 8-bit weights and levels are added. */
+INLINE Ints add_products(Ints sums, Ints weights, Ints levels) {
+  return (Ints){_mm256_dpbusd_avx_epi32(sums.low, weights.low, levels.low),
+                _mm256_dpbusd_avx_epi32(sums.high, weights.high, levels.high)};
+}
+/* The same for the 4-bit weights of a group, whose sums are then finished by `whole_sums`. */
+INLINE Ints add_small_products(Ints sums, Ints weights, Ints levels) { return add_products(sums, weights, levels); }
+INLINE Ints whole_sums(Ints sums) { return sums; }
+#else
 /* Sixteen columns of 8-bit weights of as many inputs as stand side by side, in 16 bits: products of 8 bits with a sign
  * and of 8 without could not be added in 16. */
 INLINE Ints load_columns(const uint8_t *from) {
@@ -196,6 +218,7 @@ INLINE Ints whole_sums(Ints sums) {
   const __m256i ones = _mm256_set1_epi16(1);
   return (Ints){_mm256_madd_epi16(sums.low, ones), _mm256_madd_epi16(sums.high, ones)};
 }
+#endif
 /* Levels -128..127 of numbers in whose lowest byte they stand with zero point 128. */
 INLINE Ints to_levels(Ints values) {
   const __m256i byte = _mm256_set1_epi32(255), zero = _mm256_set1_epi32(128);

@@ -28,18 +28,28 @@ class InstructionSet:
     zero_point: int
 
 
+_AVX2 = frozenset({"avx2", "fma", "bmi1", "popcnt"})
+
 INSTRUCTION_SETS = (
     InstructionSet(
         "AVX512-VNNI",
-        frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}),
+        _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"},
         frozenset({"avx512_bf16"}),
         flags=(),
         side_by_side=4,
         zero_point=128,
     ),
     InstructionSet(
+        "AVX-VNNI",
+        _AVX2 | {"avx_vnni"},
+        frozenset(),
+        flags=("-DDOVETAIL_AVX2", "-DDOVETAIL_AVX_VNNI"),
+        side_by_side=4,
+        zero_point=128,
+    ),
+    InstructionSet(
         "AVX2",
-        frozenset({"avx2", "fma", "bmi1", "popcnt"}),
+        _AVX2,
         frozenset(),
         flags=("-DDOVETAIL_AVX2",),
         side_by_side=2,
@@ -49,9 +59,9 @@ INSTRUCTION_SETS = (
 """The best first."""
 
 
-def best_set(flags: Set[str]) -> InstructionSet | None:
-    """The best set of a CPU with these abilities, or None."""
-    return next((each for each in INSTRUCTION_SETS if each.needs <= flags), None)
+def sets_of(flags: Set[str]) -> list[InstructionSet]:
+    """The sets of a CPU with these abilities, the best first."""
+    return [each for each in INSTRUCTION_SETS if each.needs <= flags]
 
 
 def cpu_flags() -> set[str]:

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from . import pages
 from .compiler import CompileError, library
-from .instructions import INSTRUCTION_SETS, InstructionSet, best_set, cpu_flags
+from .instructions import INSTRUCTION_SETS, InstructionSet, cpu_flags, sets_of
 
 logger = logging.get_logger(__name__)
 
@@ -125,12 +125,11 @@ def _load() -> _Built:
     system = platform.system(), platform.machine()
     if system != ("Linux", "x86_64"):
         return _Built(reason=f"the native kernels are for Linux on x86-64, not for {' on '.join(system)}")
-    instructions = best_set(cpu_flags())
-    if instructions is None:
-        names, least = " nor ".join(each.name for each in INSTRUCTION_SETS), INSTRUCTION_SETS[-1].needs - cpu_flags()
-        return _Built(reason=f"this CPU has neither {names} (missing: {', '.join(sorted(least))})")
+    missing = INSTRUCTION_SETS[-1].needs - cpu_flags()
+    if missing:
+        return _Built(reason=f"this CPU has no {INSTRUCTION_SETS[-1].name} (missing: {', '.join(sorted(missing))})")
     try:
-        found = _library(instructions)
+        found, instructions = _library()
         openmp = [ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p) for name in _THREADING]
     except CompileError as error:
         return _Built(reason=str(error))
@@ -144,15 +143,24 @@ def _load() -> _Built:
     return _Built(found, instructions)
 
 
-def _library(instructions: InstructionSet) -> ctypes.CDLL:
-    """All kernels, or those that this compiler can build for this CPU."""
-    flags = (*_FLAGS, *instructions.flags)
-    if instructions.bf16_needs <= cpu_flags():
-        try:
-            return library((*_SOURCES, _BF16_SOURCE), flags)
-        except CompileError as error:
-            logger.info("no native products in bfloat16: %s", error)
-    return library(_SOURCES, flags)
+def _library() -> tuple[ctypes.CDLL, InstructionSet]:
+    """All kernels, or those that this compiler can build, for the best instructions of this CPU that it knows.
+
+    Raises:
+        CompileError: if there is nothing that it can build.
+    """
+    failures = []
+    for instructions in sets_of(cpu_flags()):
+        choices = [_SOURCES]
+        if instructions.bf16_needs <= cpu_flags():
+            choices.insert(0, (*_SOURCES, _BF16_SOURCE))
+        for sources in choices:
+            try:
+                return library(sources, (*_FLAGS, *instructions.flags)), instructions
+            except CompileError as error:
+                logger.info("not all kernels for %s: %s", instructions.name, error)
+                failures.append(error)
+    raise failures[-1]
 
 
 class Matrix(ctypes.Structure):
