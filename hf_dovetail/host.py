@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from .blocks import DecoderBlock, DynamicGatingFusion, KeyValueStore, LinearFusion, RMSNorm, Rotation
 from .curves import MAX_ROWS
-from .engines import activations, native, norms
+from .engines import activations, native, norms, onednn
 from .engines.best import best
 from .engines.decoder_layer import DecoderLayer, Linears
 from .engines.fused import NO_NORM, Norm
@@ -31,6 +31,8 @@ logger = logging.get_logger(__name__)
 
 _MOST_BYTES = 64 << 20
 """Of weights that are copied to be packed; a pass over more of them is as long as reading them takes."""
+_MOST_BYTES_WITHOUT_ONEDNN = 1 << 30
+"""The same where oneDNN has no bfloat16: torch's own products then take some ten times as long as reading."""
 _DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -153,7 +155,8 @@ def _tensors(network: DraftNetwork | RecastLM) -> list[Tensor]:
 
 def _copies(network: DraftNetwork | RecastLM) -> bool:
     """Whether its weights are few enough to be copied."""
-    return sum(each.nbytes for each in _tensors(network) if not isinstance(each, PackedWeight)) <= _MOST_BYTES
+    most = _MOST_BYTES if onednn.has_bf16() else _MOST_BYTES_WITHOUT_ONEDNN
+    return sum(each.nbytes for each in _tensors(network) if not isinstance(each, PackedWeight)) <= most
 
 
 def _identity(network: DraftNetwork | RecastLM) -> tuple:
