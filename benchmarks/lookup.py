@@ -1,9 +1,10 @@
 """Whether prompt lookup pays: copy-heavy and ordinary prompts with automatic trees, lookup on and off in turns.
 
-    python benchmarks/lookup.py [--prompts 12] [--models FOLDER --stories FILE]
+    python benchmarks/lookup.py [--prompts 12] [--widened] [--models FOLDER --stories FILE]
 
 The demo pair edits functions of the corpus' held-out files (the function, a comment that asks for it with a name
-changed, and the first line of the answer) and continues HumanEval's prompts. With `--models` (a folder that holds two
+changed, and the first line of the answer) and continues HumanEval's prompts; with `--widened` the target is 66 M large
+without change of its function, so that verifying costs more than drafting. With `--models` (a folder that holds two
 babyllamas, one of which drafts for the other) and `--stories` (JSONL, openings in "turns"), stories that quote their
 own openings are read on, and openings alone. Each set has a draft of its own that knows nothing at first; two prompts
 warm up. The times are those of decoding, without the prompt.
@@ -29,6 +30,7 @@ from common import ROOT, humaneval_prompts, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dovetail import DovetailAssistantModel
+from hf_dovetail.bench.widen import map_draft, widen
 from hf_dovetail.controller import AutoController
 from hf_dovetail.demo import load_pair
 from hf_dovetail.learned import Learned
@@ -39,6 +41,13 @@ from demo_corpus import split_corpus  # the demo's own corpus; scripts/ is no pa
 GREEDY, SAMPLED = {"do_sample": False}, {"do_sample": True, "temperature": 1.0, "top_k": 0}
 TARGET, DRAFT = "babyllama-tok361as105", "babyllama-tok105"
 WARM_UP = 2
+WIDENED = {
+    "hidden_size": 768,
+    "num_hidden_layers": 10,
+    "intermediate_size": 2048,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+}
 LINES, FUNCTION_CHARS = (6, 20), 700
 NEW_NAME = "renamed_value"
 
@@ -113,8 +122,8 @@ def measured(
     pair: Callable[[], tuple[Any, Any, Any]], prompts: list[str], sampling: dict, length: int, repeats: int
 ) -> dict[str, Any]:
     """One set of prompts, in turns with and without lookup."""
-    target, _, tokenizer = pair()
-    sides = {"on": Side(pair()[1], True), "off": Side(pair()[1], False)}
+    target, draft, tokenizer = pair()
+    sides = {"on": Side(draft, True), "off": Side(pair()[1], False)}
     identical = 0
     for number, prompt in enumerate(prompts):
         inputs, answers = tokenizer(prompt, return_tensors="pt"), []
@@ -146,6 +155,13 @@ def measured(
     }
 
 
+def widened_pair() -> tuple[Any, Any, Any]:
+    """The demo target widened, its small draft, and their tokenizer."""
+    small, draft, tokenizer = load_pair()
+    wide = widen(small, **WIDENED)
+    return wide, map_draft(draft, small, wide), tokenizer
+
+
 def story_pair(folder: Path) -> Callable[[], tuple[Any, Any, Any]]:
     """How to load the pair of story models: one drafts for the other."""
 
@@ -161,8 +177,9 @@ def story_pair(folder: Path) -> Callable[[], tuple[Any, Any, Any]]:
 def sets_of(arguments: argparse.Namespace, skipped: dict[str, str]) -> Iterator[tuple[str, Any, list[str]]]:
     """Name, pair and prompts of every set; why others are missing goes into `skipped`."""
     count = arguments.prompts + WARM_UP
-    yield "code edits", load_pair, edits(count)
-    yield "HumanEval", load_pair, humaneval_prompts()[:count]
+    demo = widened_pair if arguments.widened else load_pair
+    yield "code edits", demo, edits(count)
+    yield "HumanEval", demo, humaneval_prompts()[:count]
     for name, path in (("--models", arguments.models), ("--stories", arguments.stories)):
         if path is None or not path.exists():
             skipped["stories"] = f"{name} is not given" if path is None else f"{name}: there is no {path.name}"
@@ -179,6 +196,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=12, help="of each set, without those that warm up")
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--widened", action="store_true", help="widen the demo target to 66 M")
     parser.add_argument("--models", type=Path, help="folder of the story models")
     parser.add_argument("--stories", type=Path, help="JSONL of story openings")
     parser.add_argument("--name", default="lookup")
@@ -190,7 +208,8 @@ def main() -> None:
             found = measured(pair, prompts, sampling, arguments.max_new_tokens, arguments.repeats)
             results.setdefault(name, {})[mode] = found
             print(name, mode, found, flush=True)
-    write(arguments.name, {"max_new_tokens": arguments.max_new_tokens, "skipped": skipped, "results": results})
+    facts = {"max_new_tokens": arguments.max_new_tokens, "widened": WIDENED if arguments.widened else None}
+    write(arguments.name, {**facts, "skipped": skipped, "results": results})
 
 
 if __name__ == "__main__":
