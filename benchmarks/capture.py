@@ -1,6 +1,6 @@
 """What `hf-dovetail capture` takes on a CPU: seconds per 1,000 tokens and peak memory, on the demo target widened.
 
-    python benchmarks/capture.py [--geometry 0.5B] [--dtypes float32 bfloat16]
+    python benchmarks/capture.py [--dtypes float32 bfloat16]
 
 The command itself runs, once on few windows and once on more: the difference is what windows cost, without loading.
 CPU time, which is wall time where one thread has a core for itself.
@@ -14,18 +14,24 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import humaneval_prompts, write
 
-from hf_dovetail.bench.widen import PRESETS, preset, widen
+from hf_dovetail.bench.widen import widen
 from hf_dovetail.demo import load_pair
 from hf_dovetail.train import token_stream
 
 TOKENS = 1000
+WIDENED = {
+    "hidden_size": 1536,
+    "num_hidden_layers": 14,
+    "intermediate_size": 6144,
+    "num_attention_heads": 48,
+    "num_key_value_heads": 16,
+}
 
 
 def run(command: list[str]) -> tuple[str, float, float]:
@@ -46,14 +52,13 @@ def captured(folder: Path, text: Path, out: Path, window: int) -> tuple[int, flo
     return int(re.search(r"features of ([\d,]+) windows", said)[1].replace(",", "")), seconds, peak
 
 
-def measured(geometry: str, dtype: torch.dtype, windows: tuple[int, int], window: int) -> dict[str, Any]:
+def measured(dtype: torch.dtype, windows: tuple[int, int], window: int) -> dict[str, Any]:
     """One precision."""
     small, _, tokenizer = load_pair(dtype)
-    sizes = preset(geometry, small.config)
     stream = token_stream(tokenizer, humaneval_prompts())
     with tempfile.TemporaryDirectory() as place:
         folder, found = Path(place), []
-        wide = widen(small, **asdict(sizes))
+        wide = widen(small, **WIDENED)
         parameters = sum(p.numel() for p in wide.parameters())
         wide.save_pretrained(folder / "target")
         tokenizer.save_pretrained(folder / "target")
@@ -75,7 +80,6 @@ def measured(geometry: str, dtype: torch.dtype, windows: tuple[int, int], window
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--geometry", choices=PRESETS, default="0.5B")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--windows", type=int, nargs=2, default=(1, 3), help="of the two runs")
     parser.add_argument("--window", type=int, default=256, help="tokens")
@@ -83,9 +87,9 @@ def main() -> None:
     arguments = parser.parse_args()
     results = {}
     for name in arguments.dtypes:
-        results[name] = measured(arguments.geometry, getattr(torch, name), tuple(arguments.windows), arguments.window)
+        results[name] = measured(getattr(torch, name), tuple(arguments.windows), arguments.window)
         print(name, results[name], flush=True)
-    write(arguments.name, {"geometry": arguments.geometry, "window": arguments.window, "results": results})
+    write(arguments.name, {"widened": WIDENED, "window": arguments.window, "results": results})
 
 
 if __name__ == "__main__":

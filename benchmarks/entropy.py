@@ -38,7 +38,8 @@ def likeliest(following: Callable[[list[Tokens]], Tensor], nodes: int, levels: i
     best: dict[Tokens, float] = {}
     frontier: dict[Tokens, float] = {(): 1.0}
     for _ in range(levels):
-        chances, tokens = following(list(frontier)).topk(nodes, dim=-1)
+        rows = following(list(frontier))
+        chances, tokens = rows.topk(min(nodes, rows.shape[1]), dim=-1)
         children = {
             (*path, token): reached * chance
             for (path, reached), row, ids in zip(frontier.items(), chances.tolist(), tokens.tolist(), strict=True)
