@@ -29,136 +29,19 @@ import torch
 from common import ROOT, write
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from trials import OURS, TRIALS, WINDOW, Trial
 
 from hf_dovetail import DovetailAssistantModel, TreeShape
 from hf_dovetail.config import MAX_BLOCKS, DovetailConfig
 from hf_dovetail.demo import load_pair
-from hf_dovetail.recipe import Recipe
+from hf_dovetail.recipe import CHOICES, Recipe
 from hf_dovetail.train import capture, continue_stream, draft_loss, token_stream
 
 sys.path.append(str(ROOT / "scripts"))
 from demo_corpus import split_corpus  # the demo's own corpus; scripts/ is no package
 
-WINDOW, OWN_WINDOWS, READ_WINDOWS = 128, 2048, 4096
+OWN_WINDOWS, READ_WINDOWS = 2048, 4096
 PROMPTS, SAMPLED_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 40, 16, 64, 96
-OURS = Recipe(
-    batch=32,
-    window=WINDOW,
-    optimizer="muon",
-    learning_rate=2e-2,
-    warmup=10,
-    feature_weight=1.0,
-    distribution_weight=1.0,
-    noise=0.0,
-    unroll=3,
-    precision="bf16",
-)
-ADAMW = replace(OURS, optimizer="adamw", learning_rate=2e-3)
-PAPER = replace(ADAMW, learning_rate=3e-5, warmup=20, distribution_weight=0.1, noise=0.1, unroll=1)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One draft: a recipe and a geometry.
-
-    Args:
-        recipe: how it is trained; its steps are set by the clock.
-        blocks: decoder blocks.
-        fusion: how features and tokens meet, "dgf" or "eagle".
-        mlp: width of the blocks' MLP relative to the target's.
-        sharpness: the target's logits are multiplied by it before the draft imitates them.
-        own_share: share of windows that the target wrote itself.
-        own_embedding: whether the draft trains a copy of the embeddings.
-        vocabulary: tokens that the draft may propose, the most frequent ones; 0 is all. No part of training.
-    """
-
-    recipe: Recipe = OURS
-    blocks: int = 2
-    fusion: str = "dgf"
-    mlp: float = 1.0
-    sharpness: float = 1.0
-    own_share: float = 1 / 3
-    own_embedding: bool = False
-    vocabulary: int = 0
-
-
-def _with(**changes: Any) -> Trial:
-    return Trial(replace(OURS, **changes))
-
-
-_ONE = replace(OURS, unroll=1)
-_LOSSES = replace(_ONE, distribution_weight=0.1, noise=0.1)
-TRIALS = {
-    "ours": Trial(),
-    "adamw 2e-3": Trial(ADAMW),
-    "adamw 2e-3, seed 1": Trial(replace(ADAMW, seed=1)),
-    "adamw 4e-3": Trial(replace(ADAMW, learning_rate=4e-3)),
-    "rate 2e-3": _with(learning_rate=2e-3),
-    "rate 4e-3": _with(learning_rate=4e-3),
-    "blocks 1": Trial(blocks=1),
-    "paper": Trial(PAPER),
-    "unroll 1": _with(unroll=1),
-    "blocks 1, unroll 1": Trial(_ONE, blocks=1),
-    "paper's losses, our rate and optimizer": Trial(_LOSSES),
-    "distribution 0.1, unroll 1": Trial(replace(_ONE, distribution_weight=0.1)),
-    "distribution 0.1": _with(distribution_weight=0.1),
-    "paper's losses, our rate and optimizer, 1 block": Trial(_LOSSES, blocks=1),
-    "paper's losses, our rate and optimizer, 3 blocks": Trial(_LOSSES, blocks=3),
-    "paper's losses, distribution 0.03": Trial(replace(_LOSSES, distribution_weight=0.03)),
-    "paper's losses, rate 4e-2": Trial(replace(_LOSSES, learning_rate=4e-2)),
-    "paper's losses, rate 1e-2": Trial(replace(_LOSSES, learning_rate=1e-2)),
-    "paper's losses, adamw 4e-3": Trial(replace(_LOSSES, optimizer="adamw", learning_rate=4e-3)),
-    "unroll 2": _with(unroll=2),
-    "blocks 3, unroll 1": Trial(_ONE, blocks=3),
-    "unroll 1, feature weight 0.1": Trial(replace(_ONE, feature_weight=0.1)),
-    "unroll 1, rate 4e-2": Trial(replace(_ONE, learning_rate=4e-2)),
-    "unroll 1, batch 16": Trial(replace(_ONE, batch=16)),
-    "blocks 4, unroll 1": Trial(_ONE, blocks=4),
-    "blocks 5, unroll 1": Trial(_ONE, blocks=5),
-    "blocks 6, unroll 1": Trial(_ONE, blocks=6),
-    "blocks 3": Trial(blocks=3),
-    "rate 4e-2": _with(learning_rate=4e-2),
-    "feature weight 0.1": _with(feature_weight=0.1),
-    "adamw 8e-3": Trial(replace(ADAMW, learning_rate=8e-3)),
-    "batch 16": _with(batch=16),
-    "blocks 5": Trial(blocks=5),
-    "unroll 5": _with(unroll=5),
-    "top-k 16": _with(top_k=16),
-    "seed 1": _with(seed=1),
-    "blocks 4": Trial(blocks=4),
-    "blocks 6": Trial(blocks=6),
-    "own text only": Trial(own_share=1.0),
-    "read text only": Trial(own_share=0.0),
-    "sharpness 1.7": Trial(sharpness=1.7),
-    "feature weight 10": _with(feature_weight=10.0),
-    "feature weight 0": _with(feature_weight=0.0),
-    "paper, 1 block": Trial(PAPER, blocks=1),
-    "paper, 3 blocks": Trial(PAPER, blocks=3),
-    "paper, 4 blocks": Trial(PAPER, blocks=4),
-    "paper, 5 blocks": Trial(PAPER, blocks=5),
-    "paper, 6 blocks": Trial(PAPER, blocks=6),
-    "MLP twice as wide": Trial(mlp=2.0),
-    "MLP half as wide": Trial(mlp=0.5),
-    "noise 0.1": _with(noise=0.1),
-    "plateau": _with(schedule="plateau"),
-    "cosine": _with(schedule="cosine"),
-    "decay 1": _with(unroll_decay=1.0),
-    "decay 0.5": _with(unroll_decay=0.5),
-    "own embedding": Trial(own_embedding=True),
-    "vocabulary 2048": Trial(vocabulary=2048),
-    "batch 64": _with(batch=64),
-    "EAGLE fusion": Trial(fusion="eagle"),
-    "paper's losses, EAGLE fusion": Trial(_LOSSES, fusion="eagle"),
-    "paper's losses, 1 block, EAGLE fusion": Trial(_LOSSES, blocks=1, fusion="eagle"),
-    "paper, EAGLE fusion": Trial(PAPER, fusion="eagle"),
-    "paper's losses, cosine": Trial(replace(_LOSSES, schedule="cosine")),
-    "paper's losses, plateau": Trial(replace(_LOSSES, schedule="plateau")),
-    "paper's losses, MLP twice as wide": Trial(_LOSSES, mlp=2.0),
-    "paper's losses, MLP half as wide": Trial(_LOSSES, mlp=0.5),
-    "paper's losses, own embedding": Trial(_LOSSES, own_embedding=True),
-    "paper's losses, vocabulary 2048": Trial(_LOSSES, vocabulary=2048),
-    "paper's losses, seed 1": Trial(replace(_LOSSES, seed=1)),
-}
 
 
 @dataclass
@@ -289,7 +172,8 @@ def relative_cost(trial: Trial, material: Material, pairs: int = 4) -> float:
     other = replace(trial, recipe=OURS, sharpness=1.0, own_share=Trial().own_share, vocabulary=0) != Trial()
     if not other and all(getattr(trial.recipe, name) == getattr(OURS, name) for name in costly):
         return 1.0
-    runs = [Training(t, material, steps=1000) for t in (TRIALS["ours"], trial)]
+    ours = Trial(replace(OURS, precision=trial.recipe.precision))
+    runs = [Training(t, material, steps=1000) for t in (ours, trial)]
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(pairs + 1):
         for run, taken in zip(runs, times, strict=True):
@@ -324,9 +208,11 @@ def decode(draft: DovetailAssistantModel, material: Material, prompts: int, **sa
     return found
 
 
-def run_trial(name: str, material: Material, reference_steps: int, path: Path, minutes: float) -> dict[str, Any] | None:
+def run_trial(
+    name: str, trial: Trial, material: Material, reference_steps: int, path: Path, minutes: float
+) -> dict[str, Any] | None:
     """Train and measure one trial, or None when the minutes are over: the next call goes on from `path`."""
-    trial, end = TRIALS[name], time.perf_counter() + 60 * minutes
+    end = time.perf_counter() + 60 * minutes
     saved = torch.load(path, weights_only=True) if path.exists() else None
     cost = saved["cost"] if saved else relative_cost(trial, material)
     run = Training(trial, material, max(1, round(reference_steps / cost)))
@@ -374,12 +260,12 @@ def paired_error(pairs: list[list[int]], reference: list[list[int]]) -> float:
     return math.sqrt((len(pairs) - 1) * statistics.pvariance(left_out))
 
 
-def summaries(work: Path) -> Iterator[dict[str, Any]]:
-    """One line for each trial that is there, best first."""
+def summaries(work: Path, compared_with: str) -> Iterator[dict[str, Any]]:
+    """One line for each trial that is there, best first, with its difference to the trial `compared_with`."""
     found = [json.loads(path.read_text()) for path in sorted(work.glob("*.json"))]
-    reference = next((r for r in found if r["name"] == "ours"), None)
+    reference = next((r for r in found if r["name"] == compared_with), None)
     if reference is None:
-        raise ValueError(f'{work} holds no trial "ours", which the others are compared with; run it first')
+        raise ValueError(f'{work} holds no trial "{compared_with}", which the others are compared with; run it first')
     key: Callable[[dict], float] = lambda r: -rate_of(r["greedy_tokens_rounds"])  # noqa: E731
     for result in sorted(found, key=key):
         greedy = result["greedy_tokens_rounds"]
@@ -421,11 +307,11 @@ def costs(material: Material, name: str, repeats: int = 5) -> None:
     write(name, {"shape": vars(TreeShape()), "rounds": rows})
 
 
-def collect(work: Path, name: str) -> None:
+def collect(work: Path, name: str, compared_with: str) -> None:
     """Write all trials as one result and print them as a Markdown table."""
-    rows = list(summaries(work))
-    write(name, {"prompts": PROMPTS, "new_tokens": NEW_TOKENS, "trials": rows})
-    print("| trial | tokens per round | against ours | at temperature 1 | steps | cost of a step |")
+    rows = list(summaries(work, compared_with))
+    write(name, {"prompts": PROMPTS, "new_tokens": NEW_TOKENS, "compared_with": compared_with, "trials": rows})
+    print("| trial | tokens per round | difference | at temperature 1 | steps | cost of a step |")
     print("|---|--:|--:|--:|--:|--:|")
     for row in rows:
         against = f"{row['difference']:+.2f} ± {row['standard_error']:.2f}"
@@ -440,10 +326,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "ablation")
     parser.add_argument("--trial", choices=list(TRIALS), help="the trial to run; nothing is done if it is there")
     parser.add_argument("--steps", type=int, default=150, help='steps of "ours"; other trials get the same time')
+    parser.add_argument("--precision", choices=CHOICES["precision"], default=OURS.precision, help="of all trials")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after these, and go on in the next call")
     parser.add_argument("--list", action="store_true", help="print the trials' names")
     parser.add_argument("--costs", action="store_true", help="measure what a round costs with 1 to 6 blocks")
     parser.add_argument("--collect", action="store_true", help="write the result of all trials so far")
+    parser.add_argument("--reference", choices=list(TRIALS), default="ours", help="what --collect compares with")
     parser.add_argument("--name", default="ablation")
     arguments = parser.parse_args()
     if arguments.list:
@@ -451,7 +339,7 @@ def main() -> None:
         return
     arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.collect:
-        collect(arguments.work, arguments.name)
+        collect(arguments.work, arguments.name, arguments.reference)
         return
     material = load_material(arguments.work)
     if arguments.costs:
@@ -459,7 +347,10 @@ def main() -> None:
         return
     path = arguments.work / f"{arguments.trial}.json"
     if arguments.trial and not path.exists():
-        result = run_trial(arguments.trial, material, arguments.steps, path.with_suffix(".pt"), arguments.minutes)
+        trial = TRIALS[arguments.trial]
+        trial = replace(trial, recipe=replace(trial.recipe, precision=arguments.precision))
+        saved = path.with_suffix(".pt")
+        result = run_trial(arguments.trial, trial, material, arguments.steps, saved, arguments.minutes)
         if result is None:
             return
         path.write_text(json.dumps(result) + "\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from os import PathLike
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -56,12 +57,14 @@ def prepare_target(
         context: tokens of prompt and answer that caches are planned for; by default 2,048, or what the model takes.
 
     Raises:
+        TypeError: if the draft is none.
         ValueError: if it is no model of transformers; if the engine is unknown or cannot take this model; or if there
             is no accelerator, the model cannot be placed on two devices, or the budget is no size or too small, saying
             what would fit.
         RuntimeError: if the model is prepared already, and its engine cannot give the weights back (`restore_target`).
     """
     given, model = model, _unwrapped(model)
+    _check_draft(draft)
     check_engine(engine)
     budget = None if vram_budget is None else _bytes(vram_budget)
     if budget is None and dispatch_of(model) is None and engine == engine_of(model) != "eager":
@@ -107,6 +110,15 @@ def _unwrapped(model: nn.Module) -> PreTrainedModel:
         else:
             raise ValueError(f"the target is a {type(model).__name__}; expected a model of transformers")
     return inner
+
+
+def _check_draft(draft: object) -> None:
+    if draft is not None and not isinstance(draft, DovetailAssistantModel):
+        shown_as = repr(draft) if isinstance(draft, str | PathLike) else f"a {type(draft).__name__}"
+        raise TypeError(
+            f"draft is {shown_as}; expected a DovetailAssistantModel, as DovetailAssistantModel.from_pretrained loads "
+            "it from a folder and DovetailAssistantModel.from_causal_lm makes it of a small model"
+        )
 
 
 def plan_of(model: PreTrainedModel) -> Plan | None:

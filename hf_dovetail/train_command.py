@@ -68,23 +68,34 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     words, ours = option_help(), default_recipe(MEASURED_WIDTH, muon=True)
     for field in fields(Recipe):
         if isinstance(field.default, int | float | str):
+            usual = f"default: {getattr(ours, field.name)}, paper: {getattr(PAPER, field.name)}"
+            if field.name == "precision":
+                usual = "default: bf16, or no on a CPU without it"
             parser.add_argument(
                 f"--{field.name.replace('_', '-')}",
                 type=type(field.default),
                 choices=CHOICES.get(field.name),
-                help=f"{words[field.name]} (default: {getattr(ours, field.name)}, paper: {getattr(PAPER, field.name)})",
+                help=f"{words[field.name]} ({usual})",
             )
 
 
 def _recipe(arguments: argparse.Namespace, target: PreTrainedModel) -> Recipe:
-    """The recipe that is named, with the numbers that were given; AdamW where Muon cannot work."""
+    """The recipe that is named, with the numbers that were given; AdamW where Muon cannot work.
+
+    The precision is that of the run that goes on, or what this machine is fast in.
+    """
     import torch
+
+    from .train.checkpoints import precision_of
+    from .train.processes import this_process
+    from .train.steps import fast_precision
 
     whole = not any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
     muon = hasattr(torch.optim, "Muon") and whole and arguments.optimizer != "adamw"
     width = target.config.get_text_config(decoder=True).hidden_size
     named = PAPER if arguments.recipe == "paper" else default_recipe(width, muon)
     given = {field.name: getattr(arguments, field.name, None) for field in fields(Recipe)}
+    given["precision"] = given["precision"] or precision_of(arguments.out) or fast_precision(this_process().device)
     return replace(named, **{name: value for name, value in given.items() if value is not None})
 
 

@@ -409,6 +409,25 @@ def test_bad_settings_are_refused_and_change_nothing(given: dict, message: str, 
     assert_restored(target, before)
 
 
+@pytest.mark.parametrize("budget", ["1GiB", None])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("a/folder", "draft is 'a/folder'; expected a DovetailAssistantModel"),
+        (Path("a/folder"), r"draft is \w+\('a/folder'\); expected"),
+        (nn.Linear(2, 2), "draft is a Linear; expected"),
+    ],
+)
+def test_a_draft_of_a_wrong_type_is_refused_and_changes_nothing(
+    wrong: Any, said: str, budget: str | None, accelerator: Accelerator
+) -> None:
+    """Guards a target that is prepared already, whose weights would come back before the error."""
+    target = prepare_target(tiny.build("llama"), "onednn")
+    with accelerator, pytest.raises(TypeError, match=said):
+        prepare_target(target, "eager", vram_budget=budget, draft=wrong)
+    assert engine_of(target) == "onednn"
+
+
 def test_without_an_accelerator_a_budget_is_refused(llama: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="vram_budget needs an accelerator, and torch finds none"):
         prepare_target(llama, vram_budget="7GiB")

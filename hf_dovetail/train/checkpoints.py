@@ -20,6 +20,7 @@ from .files import check_facts, read_facts, remove, whole, write_whole
 
 logger = logging.get_logger(__name__)
 
+_FOLDER, _FACTS = "checkpoint", "run.json"
 _DRAFT_FACTS = ("fusion", "num_hidden_layers", "hidden_size", "intermediate_size", "target_type", "vocab_size")
 
 
@@ -66,7 +67,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
-        self.path, self._facts = folder / "checkpoint", facts
+        self.path, self._facts = folder / _FOLDER, facts
 
     def save(self, accelerator: Accelerator) -> None:
         """Write weights, optimizers and progress; an interruption leaves the checkpoint before.
@@ -78,7 +79,7 @@ class Checkpoint:
         def write(fresh: Path) -> None:
             accelerator.save_state(str(fresh))
             if accelerator.is_main_process:
-                (fresh / "run.json").write_text(json.dumps(self._facts))
+                (fresh / _FACTS).write_text(json.dumps(self._facts))
 
         write_whole(self.path, write, "a checkpoint", accelerator.state)
 
@@ -93,7 +94,7 @@ class Checkpoint:
         path = whole(self.path)
         if path is None:
             return
-        found = read_facts(path / "run.json")
+        found = read_facts(path / _FACTS)
         lowered = self._lowered(found)
         check_facts(self._facts, {**found, **lowered}, path)
         if lowered:
@@ -114,6 +115,12 @@ class Checkpoint:
     def remove(self) -> None:
         """The run is finished."""
         remove(self.path)
+
+
+def precision_of(folder: Path) -> str | None:
+    """The precision of the run that a folder's checkpoint goes on with; None without a checkpoint."""
+    path = whole(folder / _FOLDER)
+    return None if path is None else read_facts(path / _FACTS).get("recipe", {}).get("precision")
 
 
 def facts_of(recipe: Recipe, draft: DovetailAssistantModel, source: Source, split: bool) -> dict[str, Any]:

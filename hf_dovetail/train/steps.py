@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..engines.onednn import has_bf16
 from ..modeling import DovetailAssistantModel
 from ..recipe import Recipe
 from .features import Batch, Source
@@ -35,6 +36,11 @@ class DraftLoss(nn.Module):
 def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
     """The recipe's precision. Ours and not accelerate's, whose wrappers cast weights in ways of their own."""
     return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
+
+
+def fast_precision(device: torch.device) -> str:
+    """The recipe's precision that a device is fast in: where oneDNN has no bf16 kernels, every product converts."""
+    return "no" if device.type == "cpu" and not has_bf16() else "bf16"
 
 
 @dataclass(frozen=True)
