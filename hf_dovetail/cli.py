@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .bench.command import add_bench_parser
 from .calibrate_command import add_calibrate_parser
+from .doctor import add_doctor_parser
 from .loading import load_target, load_tokenizer
 from .names import existing
 from .train_command import add_train_parsers
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add_calibrate_parser(commands)
     add_bench_parser(commands)
     add_train_parsers(commands)
+    add_doctor_parser(commands)
     return parser
 
 

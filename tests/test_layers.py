@@ -56,7 +56,7 @@ LAYERS = (
     ("plugin",),
     ("calibrate", "train", "convert"),
     ("demo",),
-    ("bench", "calibrate_command", "train_command"),
+    ("bench", "calibrate_command", "doctor", "train_command"),
     ("cli",),
 )
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}

@@ -151,8 +151,13 @@ def _why_not(model: PreTrainedModel, engine: str) -> str | None:
     return why_not(model) or ENGINES[engine].why_not(model)
 
 
+def why_not_each(model: PreTrainedModel) -> dict[str, str | None]:
+    """Of each engine, why it cannot take the model, or None."""
+    return {name: _why_not(model, name) for name in ENGINES}
+
+
 def _fitting(model: PreTrainedModel) -> list[str]:
-    return [name for name in ENGINES if _why_not(model, name) is None]
+    return [name for name, reason in why_not_each(model).items() if reason is None]
 
 
 def _candidates(engine: str) -> list[str]:

@@ -1,0 +1,34 @@
+"""`hf-dovetail doctor` says what the parts say of themselves, here and on lesser machines."""
+
+import pytest
+
+from hf_dovetail.cli import main
+from hf_dovetail.engines import native
+from hf_dovetail.threads import chosen_threads
+
+
+def findings(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return dict(line.split("  ", maxsplit=1) for line in lines)
+
+
+def test_what_there_is_and_what_is_in_the_way(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {name: text.strip() for name, text in findings(capsys).items()}
+    assert f"{chosen_threads()} threads" in found["CPU"]
+    assert found["engines, float32"].startswith("onednn")
+    if native.why_not() is None:
+        assert found["native kernels"].startswith(f"compiled for {native.instruction_set().name}")
+        assert "int4" in found["engines, bfloat16"].split(";")[0]
+    monkeypatch.setattr(native, "cpu_flags", lambda: {"sse4_2"})
+    native._load.cache_clear()
+    try:
+        lesser = findings(capsys)
+    finally:
+        monkeypatch.undo()
+        native._load.cache_clear()
+    text = "\n".join(lesser.values())
+    assert "none: this CPU has no AVX2" in text
+    assert "not int4: this CPU has no AVX2" in text
