@@ -98,7 +98,7 @@ INLINE void fetch(const uint8_t *from, long bytes) {
   for (long at = 0; at < bytes; at += 64) _mm_prefetch((const char *)from + at, _MM_HINT_T0);
 }
 
-/* Weights of a block: (inputs / SIDE_BY_SIDE, COLUMNS, SIDE_BY_SIDE) uint8 with ZERO_POINT. */
+/* Weights of a block: (inputs / SIDE_BY_SIDE, COLUMNS, SIDE_BY_SIDE) bytes, levels plus ZERO_POINT. */
 INLINE void int8_tile(const Task *t, const Tile *tile, const int rows, const int vectors) {
   const uint8_t *weights = tile->weights, *next = tile->next;
   const int8_t *levels = tile->levels + tile->begin / SIDE_BY_SIDE * 4 * rows;
