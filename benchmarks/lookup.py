@@ -6,8 +6,9 @@ The demo pair edits functions of the corpus' held-out files (the function, a com
 changed, and the first line of the answer) and continues HumanEval's prompts; with `--widened` the target is 66 M large
 without change of its function, so that verifying costs more than drafting. With `--models` (a folder that holds two
 babyllamas, one of which drafts for the other; they read letters, 256 at most) and `--stories` (JSONL, openings in
-"turns"), the beginnings of openings are read on, alone and where they are told a second time. Each set has a draft of its own that knows nothing at first; two prompts
-warm up. The times are those of decoding, without the prompt.
+"turns"), the beginnings of openings are read on, alone and where they are told a second time. Each set has a draft of
+its own that knows nothing at first; two prompts warm up. The times are those of decoding, without the prompt, of a
+prompt's faster repeat: others may hold up the machine.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Side:
     rounds: int = 0
 
     def result(self) -> dict[str, Any]:
-        ms = [statistics.median(repeats) for repeats in self.ms]
+        ms = [min(repeats) for repeats in self.ms]
         return {
             "ms_per_token": round(sum(ms) / sum(self.tokens), 3),
             "tokens_per_round": round(sum(self.tokens) * len(self.ms[0]) / self.rounds, 3),
@@ -145,7 +146,7 @@ def measured(
             for name, side in sides.items():
                 side.ms.append(times[name])
                 side.tokens.append(stats.new_tokens - 1)
-    ratios = [statistics.median(a) / statistics.median(b) for a, b in zip(*(s.ms for s in sides.values()), strict=True)]
+    ratios = [min(a) / min(b) for a, b in zip(*(s.ms for s in sides.values()), strict=True)]
     return {
         "prompts": len(ratios),
         "identical": identical,
