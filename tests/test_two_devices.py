@@ -195,7 +195,7 @@ def test_with_the_lm_head_on_the_device_a_round_moves_at_most_144_kib(
         assert dispatch_of(target).layers == layers
         ours = target.generate(ids % 64, assistant_model=draft, max_new_tokens=24, do_sample=False)
     assert torch.equal(ours, plain)
-    assert len(moved) > 3
+    assert len(moved) > 2
     assert max(tokens for tokens, _ in moved) == 9
     hidden = 17 * 4096 * 2
     for (_, before), (_, after) in pairwise(moved[:-1]):
