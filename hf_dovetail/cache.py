@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ class GrowingLayer(DynamicLayer):
         self._buffers: tuple[Tensor, Tensor] | None = None
         self._bytes: list[np.ndarray] | None = None  # the buffers as NumPy sees them, once it was asked to
         super().__init__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_bytes": None}  # a copy's own buffers are elsewhere
 
     def _view(self, index: int) -> Tensor | None:
         return self._buffers[index].narrow(2, 0, self.length) if self._buffers else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +15,30 @@ from .loading import load_target, load_tokenizer
 from .names import existing
 from .train_command import add_train_parsers
 
+_PIPE_CLOSED = 141  # what a shell shows of a command that SIGPIPE has ended
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; errors of use end with one line on stderr and status 2, Ctrl-C with status 130."""
+    """Run one subcommand; errors of use end with one line on stderr and status 2, Ctrl-C with status 130.
+
+    Where nobody reads on (`hf-dovetail demo | head -1`), it ends as any other command does: status 141, not a word.
+    """
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return _PIPE_CLOSED
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, ArithmeticError) as error:
         print(f"hf-dovetail: {error}", file=sys.stderr)
         return 2

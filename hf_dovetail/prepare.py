@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -23,7 +24,7 @@ from .anatomy import Anatomy, anatomy_of, nbytes_of
 from .config import TreeShape
 from .devices import HOST, resolve_device
 from .dispatch import Dispatch, dispatch_of
-from .engines import check_engine, engine_of, start_engine, stop_engine, stream_prompts
+from .engines import check_engine, engine_of, start_engine, stop_engine, stream_prompts, why_not
 from .experience import LARGEST
 from .levels import tree_rows
 from .modeling import DovetailAssistantModel
@@ -97,6 +98,23 @@ def restore_target(model: PreTrainedModel) -> PreTrainedModel:
         dispatch.undo(model)
     model.__dict__.pop("_apply", None)
     return given
+
+
+@contextmanager
+def prepared(model: PreTrainedModel) -> Iterator[None]:
+    """A model of the CPU on the best engine that computes the same meanwhile, and as it was afterwards.
+
+    What is prepared already stays as it is, and so does what no engine may touch (quantised, on an accelerator).
+    """
+    inner = _unwrapped(model)
+    if engine_of(inner) != "eager" or dispatch_of(inner) is not None or why_not(inner) is not None:
+        yield
+        return
+    prepare_target(inner)
+    try:
+        yield
+    finally:
+        restore_target(inner)
 
 
 def _unwrapped(model: nn.Module) -> PreTrainedModel:

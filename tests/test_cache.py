@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -139,6 +140,19 @@ def test_adopting_twice_shares_no_memory() -> None:
     assert torch.equal(one.layers[0].keys[:, :, :5], two.layers[0].keys[:, :, :5])
     assert not torch.equal(one.layers[0].keys, two.layers[0].keys)
     assert torch.equal(given.layers[0].keys, states(5, 1)[0][0])
+
+
+def test_a_deep_copy_goes_its_own_way() -> None:
+    """After moves on the CPU too, which go through another view of the buffers."""
+    cache, others = GrowingCache(LAYERS), DynamicCache()
+    append(cache, states(6, 1))
+    cache.keep(2, [1, 3])
+    copied = copy.deepcopy(cache)
+    append(copied, states(3, 2)), copied.keep(4, [2])
+    append(others, rows(states(6, 1), [0, 1, 3, 5])), append(others, rows(states(3, 2), [2]))
+    assert_equal(copied, others)
+    others.crop(-1)
+    assert_equal(cache, others)
 
 
 def test_only_plain_attention_caches_can_branch() -> None:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from hf_dovetail import DovetailAssistantModel
 from hf_dovetail.cli import main
 from hf_dovetail.demo import pair_path
+from hf_dovetail.engines import engine_of
 from hf_dovetail.train import Answering, Skipped, answerable, load_prompts, load_windows, read_records, regenerate
 from hf_dovetail.train.records import Record
 
@@ -79,6 +80,18 @@ def test_answers_are_the_targets_own_turn_by_turn(target, tokenizer, tmp_path: P
     assert completed["prompt"] == RECORDS[3].prompt
     windows = load_windows(sorted(tmp_path.glob("*.jsonl")), tokenizer, 16, Skipped(strict=True))
     assert 0 < int(windows.counted.sum()) < windows.ids.numel()
+
+
+def test_the_target_answers_on_the_best_engine_and_is_given_back(target, tokenizer, tmp_path: Path) -> None:
+    seen = []
+    hook = target.register_forward_pre_hook(lambda *_: seen.append(engine_of(target)))
+    paths = regenerate(target, tokenizer, RECORDS[3:], HOW, tmp_path)
+    assert set(seen) == {"onednn"}
+    assert engine_of(target) == "eager"
+    seen.clear()
+    assert regenerate(target, tokenizer, RECORDS[3:], HOW, tmp_path) == paths
+    assert seen == []
+    hook.remove()
 
 
 def test_a_killed_run_makes_only_the_missing_files(target, tokenizer, tmp_path: Path) -> None:

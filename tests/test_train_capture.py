@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from training import ROOT, load_target, new_draft
 from transformers import AutoModelForCausalLM
 
-from hf_dovetail import DovetailAssistantModel, DovetailConfig
+from hf_dovetail import DovetailAssistantModel, DovetailConfig, prepare_target
 from hf_dovetail.demo import pair_path
+from hf_dovetail.engines import engine_of
 from hf_dovetail.recipe import Recipe
 from hf_dovetail.train import LiveFeatures, StoredFeatures, Windows, capture, capture_features, train_draft
 
@@ -97,6 +98,25 @@ def test_the_teacher_is_the_whole_target(family: str, tmp_path: Path) -> None:
     assert off < 0.05 * logits.std()
     one_layer_off = capture(target, tiny.prompt(20), [1, 1])[0]
     assert (stored.features - one_layer_off).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("engine", "expected"), [("eager", "onednn"), ("int8", "int8")])
+def test_the_target_captures_on_the_best_engine_and_is_given_back(engine: str, expected: str, tmp_path: Path) -> None:
+    """What somebody has prepared stays so; and a failure in the middle leaves nothing behind."""
+    target, windows, seen = tiny.build("llama"), Windows(tiny.prompt(40).view(2, 20)), []
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    prepare_target(target, engine)
+    hook = target.register_forward_pre_hook(lambda *_: seen.append(engine_of(target)))
+    capture_features(target, windows, tmp_path / "whole", shard_windows=1, batch=1)
+    assert seen == [expected, expected]
+    assert engine_of(target) == engine
+    hook.remove()
+    hook = target.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        capture_features(target, windows, tmp_path / "failed")
+    assert engine_of(target) == engine
+    if engine == "eager":
+        assert all(torch.equal(before[name], tensor) for name, tensor in target.state_dict().items())
 
 
 def _reading(target, layers: list[int]) -> DovetailConfig:

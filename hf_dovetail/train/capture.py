@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ..blocks import finish_logits
 from ..config import describe_head, describe_target
 from ..modeling import DovetailAssistantModel
+from ..prepare import prepared
 from ..weights import feature_layers
 from .features import Batch, capture, check_length, fingerprint, text_facts
 from .files import check_facts, read_facts, write_whole
@@ -49,7 +51,8 @@ def capture_features(
     Under `accelerate launch` each process makes its own shards on its own device.
 
     Args:
-        target: in any precision; it is moved to the process's device, and stays there.
+        target: in any precision; it is moved to the process's device, and stays there. On the CPU it runs on the best
+            engine that computes the same (`prepare.prepared`).
         windows: of the training text.
         folder: for the shards, about `2 * hidden_size * layers + 5` bytes per token.
         shard_windows: windows per shard. batch: windows per forward pass.
@@ -79,10 +82,11 @@ def capture_features(
         _open_folder(target, folder, facts, data)
     count = -(-len(windows) // shard_windows)
     mine = [i for i in range(state.process_index, count, state.num_processes) if not shard_path(folder, i).exists()]
-    for index in tqdm(mine, desc="capturing features", unit="shard", disable=not state.is_main_process):
-        part = slice(index * shard_windows, (index + 1) * shard_windows)
-        tensors = _shard(target, windows, part, batch, layers)
-        write_whole(shard_path(folder, index), lambda path, tensors=tensors: save_file(tensors, path), "a shard")
+    with prepared(target) if mine else nullcontext():
+        for index in tqdm(mine, desc="capturing features", unit="shard", disable=not state.is_main_process):
+            part = slice(index * shard_windows, (index + 1) * shard_windows)
+            tensors = _shard(target, windows, part, batch, layers)
+            write_whole(shard_path(folder, index), lambda path, tensors=tensors: save_file(tensors, path), "a shard")
     state.wait_for_everyone()
 
 
@@ -103,7 +107,8 @@ def _open_folder(target: PreTrainedModel, folder: Path, facts: dict[str, Any], d
     bias = getattr(target.get_output_embeddings(), "bias", None)
     shared |= {} if bias is None else {"bias": bias}
     tied = shared["embedding"] is shared["head"]
-    tensors = {name: t.detach().cpu().contiguous() for name, t in shared.items() if not (tied and name == "head")}
+    kept = {name: tensor.detach() for name, tensor in shared.items() if not (tied and name == "head")}
+    tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in kept.items()}  # unpacks packed ones
     write_whole(folder / SHARED, lambda path: save_file(tensors, path), "the target's embeddings and LM head")
     content = json.dumps({**facts, "data": list(data)}, indent=1) + "\n"
     write_whole(manifest, lambda path: path.write_text(content), "the manifest")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..prepare import prepared
 from .features import fingerprint
 from .files import check_facts, read_facts, write_whole
 from .processes import this_process
@@ -130,7 +132,8 @@ def regenerate(
     `accelerate launch` each process makes its share.
 
     Args:
-        target: in evaluation mode; it is moved to the process's device, and stays there.
+        target: in evaluation mode; it is moved to the process's device, and stays there. On the CPU it runs on the best
+            engine that computes the same (`prepare.prepared`).
         tokenizer: the target's. records: the data, of `answerable`. how: length and sampling.
         folder: of the files.
 
@@ -158,10 +161,11 @@ def regenerate(
     paths = [folder / f"answers-{number:05d}.jsonl" for number in range(len(groups))]
     mine = range(state.process_index, len(groups), state.num_processes)
     left = [number for number in mine if not paths[number].exists()]
-    for number in tqdm(left, desc="the target answers", unit="batch", disable=not state.is_main_process):
-        torch.manual_seed(how.seed + number)
-        lines = "".join(json.dumps(value) + "\n" for value in _answered(target, tokenizer, groups[number], how))
-        write_whole(paths[number], lambda path, lines=lines: path.write_text(lines), "answers")
+    with prepared(target) if left else nullcontext():
+        for number in tqdm(left, desc="the target answers", unit="batch", disable=not state.is_main_process):
+            torch.manual_seed(how.seed + number)
+            lines = "".join(json.dumps(value) + "\n" for value in _answered(target, tokenizer, groups[number], how))
+            write_whole(paths[number], lambda path, lines=lines: path.write_text(lines), "answers")
     state.wait_for_everyone()
     return paths
 
