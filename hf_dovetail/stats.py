@@ -28,6 +28,8 @@ class GenerationStats(Mapping):
         prefill_ms, draft_ms, verify_ms, overhead_ms: wall time; overhead is everything else in the call.
         bytes_to_draft, bytes_to_target: data handed from one model to the other (over the link, where the two
             are on different devices); of a target with layers on the draft's device, all that goes there, and back.
+        cores_shared: whether the target's threads got less than their time, other processes keeping the cores busy; its
+            times are of such a machine then (`waiting`).
         draft_failed: whether the draft failed on the way, and the rest was decoded plainly.
     """
 
@@ -42,6 +44,7 @@ class GenerationStats(Mapping):
     overhead_ms: float = 0.0
     bytes_to_draft: int = 0
     bytes_to_target: int = 0
+    cores_shared: bool = False
     draft_failed: bool = False
 
     @property

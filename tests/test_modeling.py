@@ -236,6 +236,7 @@ def test_statistics_are_readable_both_ways(llama: PreTrainedModel, noisy: Doveta
         "overhead_ms",
         "bytes_to_draft",
         "bytes_to_target",
+        "cores_shared",
         "draft_failed",
     } == set(stats)
     assert stats["accepted"] == stats.accepted == sum(stats.accepted_by_depth) > 0

@@ -31,6 +31,7 @@ from ..rows import ROUND_ROWS
 from ..stats import GenerationStats
 from ..target import Context, FeatureTap, Target, open_target
 from ..threads import target_threads
+from ..waiting import Waiting
 from .candidates import DovetailCandidateGenerator, is_out_of_memory
 from .requests import PREPARED, changes_rope, check_inputs
 from .sampling import draws_of, sharpness_of
@@ -188,7 +189,7 @@ class _Call:
         """Run the loop; the statistics are the draft's also when an exception ends it."""
         drafting = Drafting(drafter, controller, self.stats, self.draft.strict)
         try:
-            with target_threads(), verifier:
+            with target_threads() as threads, Waiting(threads, self.dispatch is None) as waiting, verifier:
                 decode(
                     verifier,
                     drafting,
@@ -197,6 +198,7 @@ class _Call:
                     selector,
                     selector.remaining,
                     self.stats,
+                    waiting,
                     self.draft.watch,
                 )
         finally:
