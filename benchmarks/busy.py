@@ -48,11 +48,19 @@ def neighbours(count: int) -> Iterator[None]:
 
 def seconds(mode: str, target: PreTrainedModel, draft: DovetailAssistantModel, ids: Tensor, tokens: int) -> float:
     """Of one answer."""
-    options: dict[str, Any] = {} if mode == "plain" else {"assistant_model": draft}
+    options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    options |= {} if mode == "plain" else {"assistant_model": draft}
     waiting._shared_until = -float("inf")  # each answer finds out for itself
     begin = time.perf_counter()
     with patch.object(waiting, "_others", (lambda _: 0) if mode == "dovetail, in loops" else waiting._others):
-        target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, **options)
+        target.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            **options,
+        )
     return time.perf_counter() - begin
 
 

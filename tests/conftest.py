@@ -3,9 +3,13 @@ models beside the repository."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny models are slower on more, and others run beside
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers: no test may need the hub
 
 import pytest
 import tiny
@@ -25,7 +29,7 @@ MODELS = ROOT.parent / "shared" / "models"
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Tiny models are slower on more threads, and other jobs may share the machine."""
+    """Whatever the test before has set."""
     torch.set_num_threads(1)
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from hf_dovetail.cli import main
+from hf_dovetail.demo import pair_path
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
-OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
 def run(*command: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=OFFLINE, check=False)
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
@@ -52,8 +54,6 @@ def test_demo_of_a_single_token() -> None:
 
 
 def test_generate_streams_text(tmp_path: Path) -> None:
-    from hf_dovetail.demo import pair_path
-
     paths = ("--target", str(pair_path("target")), "--draft", str(pair_path("draft")))
     done = run("-m", "hf_dovetail.cli", "generate", *paths, "--max-new-tokens", "16", "def add(a, b):\n")
     assert done.returncode == 0, done.stderr
@@ -61,11 +61,9 @@ def test_generate_streams_text(tmp_path: Path) -> None:
     assert "16 tokens" in done.stderr
 
 
-def test_bad_use_ends_with_one_clear_line(tmp_path: Path) -> None:
+def test_bad_use_ends_with_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = tmp_path / "data.jsonl"
     broken.write_text(json.dumps({"text": "x = 1"}) + "\n{broken\n")
-    from hf_dovetail.demo import pair_path
-
     short, pair = tmp_path / "short.txt", str(pair_path("target"))
     short.write_text("x = 1\n")
     bare, cut = tmp_path / "bare", tmp_path / "cut"
@@ -91,7 +89,9 @@ def test_bad_use_ends_with_one_clear_line(tmp_path: Path) -> None:
         (("train", "--target", str(pair_path("target")), "--data", str(broken), "--out", str(tmp_path)), "line 2"),
     ]
     for arguments, message in cases:
-        done = run("-m", "hf_dovetail.cli", *arguments)
-        assert done.returncode == 2
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+    done = run("-m", "hf_dovetail.cli", *cases[-1][0])
+    assert done.returncode == 2
+    assert cases[-1][1] in done.stderr
+    assert "Traceback" not in done.stderr
