@@ -97,6 +97,17 @@ def test_the_parts_and_the_ceiling(result: dict[str, Any]) -> None:
     assert "widened to 1B" in table(result)
 
 
+@pytest.mark.parametrize("disturbed", [0, 2])
+def test_a_busy_machine_is_told(disturbed: int, result: dict[str, Any]) -> None:
+    made_up = copy.deepcopy(result)
+    dovetail = [row for row in made_up["rows"] if "nodes_per_round" in row]
+    for row in dovetail:
+        row["answers_on_shared_cores"] = disturbed
+    told = f"warning: other processes kept the cores busy in {2 * len(dovetail)} of Dovetail's answers"
+    assert (told in table(made_up)) == (disturbed > 0)
+    assert all("answers_on_shared_cores" in row for row in result["rows"] if "nodes_per_round" in row)
+
+
 def test_ratios_are_those_of_the_rows(result: dict[str, Any]) -> None:
     made_up = copy.deepcopy(result)
     speeds = {"plain": 12.0, "dovetail-fixed": 4.0, "assisted-5": 6.0, "lookup-10": 2.0}

@@ -104,6 +104,12 @@ def table(result: dict[str, Any]) -> str:
         for row in result["rows"]
     ]
     lines += ["", *(f"{value:7.2f}  {name}" for name, value in ratios(result).items())]
+    disturbed = sum(row.get("answers_on_shared_cores", 0) for row in result["rows"])
+    if disturbed:
+        lines.append(
+            f"warning: other processes kept the cores busy in {disturbed} of Dovetail's answers; that slows all rows, "
+            "the others most, so run it again on a quiet machine"
+        )
     reasons: dict[tuple[str, str], list[str]] = {}
     for skipped in result["skipped"]:
         what = (f"{skipped['engine']} {skipped['row'] or ''}".strip(), skipped["reason"])

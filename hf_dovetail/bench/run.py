@@ -337,11 +337,14 @@ class Run:
 
 
 def _parts(repeats: list[list[Answer]]) -> dict[str, float]:
-    """A Dovetail row's nodes and times per round, medians over the repeats; nothing for the other rows."""
+    """A Dovetail row's nodes and times per round, medians over the repeats; nothing for the other rows.
+
+    And how many of its answers were disturbed by other processes.
+    """
     if any(a.stats is None for repeat in repeats for a in repeat):
         return {}
     rounds = [max(sum(a.stats.rounds for a in repeat), 1) for repeat in repeats]
-    result = {}
+    result = {"answers_on_shared_cores": sum(a.stats.cores_shared for repeat in repeats for a in repeat)}
     for name in ("drafted", "draft_ms", "verify_ms", "overhead_ms"):
         sums = [sum(a.stats[name] for a in repeat) for repeat in repeats]
         shares = [value / count for value, count in zip(sums, rounds, strict=True)]
