@@ -1,4 +1,4 @@
-"""Decoding beside other processes that keep cores busy: threads that wait asleep (`waiting`) against waiting in loops.
+"""Decoding beside other processes that keep cores busy: threads that wait asleep (`sharing`) against waiting in loops.
 
     python benchmarks/busy.py [--sizes 0.5B] [--tokens 48] [--repeats 3]
 
@@ -25,7 +25,7 @@ from common import humaneval_prompts, write
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_dovetail import DovetailAssistantModel, prepare_target, waiting
+from hf_dovetail import DovetailAssistantModel, prepare_target, sharing
 from hf_dovetail.bench.widen import PRESETS, map_draft, preset, widen
 from hf_dovetail.demo import load_pair
 
@@ -50,17 +50,10 @@ def seconds(mode: str, target: PreTrainedModel, draft: DovetailAssistantModel, i
     """Of one answer."""
     options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
     options |= {} if mode == "plain" else {"assistant_model": draft}
-    waiting._shared_until = -float("inf")  # each answer finds out for itself
+    sharing._shared_until = -float("inf")  # each answer finds out for itself
     begin = time.perf_counter()
-    with patch.object(waiting, "_others", (lambda _: 0) if mode == "dovetail, in loops" else waiting._others):
-        target.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
-            do_sample=False,
-            **options,
-        )
+    with patch.object(sharing, "_others", (lambda _: 0) if mode == "dovetail, in loops" else sharing._others):
+        target.generate(ids, attention_mask=torch.ones_like(ids), **options)
     return time.perf_counter() - begin
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from .bench.command import add_bench_parser
 from .calibrate_command import add_calibrate_parser
@@ -24,11 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Where nobody reads on (`hf-dovetail demo | head -1`), it ends as any other command does: status 141, not a word.
     """
     try:
-        try:
-            return _run(argv)
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
+        status = _run(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError as error:
+        if _is_read(sys.stdout):  # it was another pipe
+            print(f"hf-dovetail: {error}", file=sys.stderr)
+            return 2
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         return _PIPE_CLOSED
 
@@ -46,6 +50,16 @@ def _run(argv: Sequence[str] | None) -> int:
         print("hf-dovetail: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _is_read(stream: TextIO) -> bool:
+    """Whether somebody reads at the other end, or nobody can tell."""
+    try:
+        waiting = select.poll()  # Windows has none
+        waiting.register(stream.fileno(), select.POLLOUT)
+        return not any(event & select.POLLERR for _, event in waiting.poll(0))
+    except (AttributeError, OSError, ValueError):  # no file at all
+        return True
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from .accept import Accepted, Select, walk
 from .drafting import Drafting
+from .sharing import SharedCores
 from .stats import GenerationStats
 from .target import Target
 from .tree import DraftTree
-from .waiting import Waiting
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def decode(
     select: Select,
     remaining: Callable[[], int],
     stats: GenerationStats,
-    waiting: Waiting,
+    cores: SharedCores,
     watch: Callable[[Round], None] | None = None,
 ) -> None:
     """Decode one answer; the tokens go to `select`'s owner, which ends the answer.
@@ -51,7 +51,7 @@ def decode(
         select: the next token from (1, V) logits.
         remaining: tokens that the answer may still get.
         stats: filled while decoding, also when an exception ends it.
-        waiting: watches the passes.
+        cores: watches the passes.
         watch: called after each round.
     """
     begin = time.perf_counter()
@@ -67,7 +67,7 @@ def decode(
         while not finished:
             turn = _Turn(stats)
             tree = drafting.tree(token, target.held, remaining(), target.allowed)
-            with stats.clock("verify_ms"), waiting.observed():
+            with stats.clock("verify_ms"), cores.observed():
                 output = target.verify(tree)
             accepted = walk(tree, output.logits, select)
             target.commit(accepted.path)
@@ -80,7 +80,7 @@ def decode(
                 watch(Round(tree, accepted))
     finally:
         total = 1e3 * (time.perf_counter() - begin)
-        stats.cores_shared = waiting.shared
+        stats.cores_shared = cores.found
         stats.overhead_ms = total - stats.prefill_ms - stats.draft_ms - stats.verify_ms
 
 

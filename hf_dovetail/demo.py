@@ -127,7 +127,9 @@ def report(
             "(the draft works on the target's own device here; the method is made for a large target and a GPU draft)"
         )
     if stats.cores_shared:
-        lines.append("(other processes keep these cores busy, which slows plain decoding down most: compare little)")
+        lines.append(
+            "(other processes keep these cores busy, which slows plain decoding down most: compare on a quiet machine)"
+        )
     if result.fullest is not None:
         lines.append("the tree of the fullest round (* accepted; with the draft's probability of the path):")
         accepted = result.fullest.accepted.path[1:]

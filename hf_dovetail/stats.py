@@ -28,8 +28,8 @@ class GenerationStats(Mapping):
         prefill_ms, draft_ms, verify_ms, overhead_ms: wall time; overhead is everything else in the call.
         bytes_to_draft, bytes_to_target: data handed from one model to the other (over the link, where the two
             are on different devices); of a target with layers on the draft's device, all that goes there, and back.
-        cores_shared: whether the target's threads got less than their time, other processes keeping the cores busy; its
-            times are of such a machine then (`waiting`).
+        cores_shared: whether the target's threads were found to get less than their time, in this call or less than
+            half a minute before it: other processes keep the cores busy, or a CPU quota ends them (`sharing`).
         draft_failed: whether the draft failed on the way, and the rest was decoded plainly.
     """
 

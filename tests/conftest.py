@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny models are slower on more, and others run beside
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers: no test may need the hub
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: no test may need the hub
 
 import pytest
 import tiny

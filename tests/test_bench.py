@@ -103,7 +103,7 @@ def test_a_busy_machine_is_told(disturbed: int, result: dict[str, Any]) -> None:
     dovetail = [row for row in made_up["rows"] if "nodes_per_round" in row]
     for row in dovetail:
         row["answers_on_shared_cores"] = disturbed
-    told = f"warning: other processes kept the cores busy in {2 * len(dovetail)} of Dovetail's answers"
+    told = f"warning: the cores were shared in {2 * len(dovetail)} of Dovetail's answers"
     assert (told in table(made_up)) == (disturbed > 0)
     assert all("answers_on_shared_cores" in row for row in result["rows"] if "nodes_per_round" in row)
 

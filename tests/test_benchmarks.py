@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_dovetail import TreeShape
+from hf_dovetail import TreeShape, sharing
 from hf_dovetail.controller import AutoController, Found
 from hf_dovetail.demo import load_pair
 from hf_dovetail.tree import DraftTree
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import busy
 import entropy
 import lookup
 
@@ -59,3 +60,14 @@ def test_edits_ask_for_a_copy() -> None:
     prompts = lookup.edits(3)
     assert len(prompts) == 3
     assert all(lookup.NEW_NAME in prompt.splitlines()[-1] and prompt.endswith(":\n") for prompt in prompts)
+
+
+def test_only_one_row_waits_in_loops_beside_neighbours(llama, noisy, ids, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "_others", lambda threads: 7)
+    found: dict[str, set[int]] = {mode: set() for mode in busy.MODES}
+    for mode, crowds in found.items():
+        noisy.watch = lambda _, crowds=crowds: crowds.add(sharing._others(2))
+        assert busy.seconds(mode, llama, noisy, ids, 4) > 0
+    assert found == {"plain": set(), "dovetail, in loops": {0}, "dovetail": {7}}
+    with busy.neighbours(1):
+        pass

@@ -1,4 +1,4 @@
-"""The examples and the command line, run as a user would run them: in their own process, offline."""
+"""The examples and the command line, run as a user would run them: in a process of their own, offline."""
 
 import json
 import os
@@ -15,8 +15,9 @@ from hf_dovetail.demo import pair_path
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(*command: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+def run(*command: str, threads: int = 1) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
@@ -39,7 +40,7 @@ def test_notebook_runs() -> None:
 
 
 def test_demo_reports_an_identical_answer() -> None:
-    done = run("-m", "hf_dovetail.cli", "demo", "--max-new-tokens", "48", "--repeats", "1")
+    done = run("-m", "hf_dovetail.cli", "demo", "--max-new-tokens", "48", "--repeats", "1", threads=2)
     assert done.returncode == 0, done.stderr
     assert "identical output: yes, token for token (48 tokens)" in done.stdout
     for word in ("plain", "dovetail", "tokens per round", "draft", "verify", "on cpu", " *"):

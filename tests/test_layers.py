@@ -18,6 +18,7 @@ LAYERS = (
         "packed",
         "grouped",
         "threads",
+        "sharing",
         "curves",
         "acceptance",
         "pauses",

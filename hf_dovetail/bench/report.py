@@ -107,8 +107,8 @@ def table(result: dict[str, Any]) -> str:
     disturbed = sum(row.get("answers_on_shared_cores", 0) for row in result["rows"])
     if disturbed:
         lines.append(
-            f"warning: other processes kept the cores busy in {disturbed} of Dovetail's answers; that slows all rows, "
-            "the others most, so run it again on a quiet machine"
+            f"warning: the cores were shared in {disturbed} of Dovetail's answers (other processes, or a CPU quota); "
+            "that slows all rows, the others most, so run it again on a quiet machine"
         )
     reasons: dict[tuple[str, str], list[str]] = {}
     for skipped in result["skipped"]:

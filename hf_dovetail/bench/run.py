@@ -95,6 +95,7 @@ class Run:
 
     def __init__(self, models: Models, settings: Settings, say: Callable[[str], None] = lambda text: None) -> None:
         self._models, self._settings, self._say = models, settings, say
+        self._record = record()  # of what runs, whatever is committed meanwhile
         self._prompts = [
             (group, [models.tokenizer(text, return_tensors="pt").input_ids for text in group.prompts])
             for group in settings.prompts
@@ -256,7 +257,7 @@ class Run:
             "kind": KIND,
             "format": FORMAT,
             "complete": complete,
-            "record": record(),
+            "record": self._record,
             "widened": self._models.widened,
             "models": self._models.describe,
             "settings": {

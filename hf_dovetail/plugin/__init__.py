@@ -28,10 +28,10 @@ from ..learned import Learned, learned_of
 from ..levels import tree_rows
 from ..modeling import DovetailAssistantModel
 from ..rows import ROUND_ROWS
+from ..sharing import SharedCores
 from ..stats import GenerationStats
 from ..target import Context, FeatureTap, Target, open_target
 from ..threads import target_threads
-from ..waiting import Waiting
 from .candidates import DovetailCandidateGenerator, is_out_of_memory
 from .requests import PREPARED, changes_rope, check_inputs
 from .sampling import draws_of, sharpness_of
@@ -122,6 +122,11 @@ class _Call:
         return dispatch_of(self.target)
 
     @property
+    def _on_host(self) -> bool:
+        """Whether the whole target computes on the CPU."""
+        return self.dispatch is None and self.target.device.type == "cpu"
+
+    @property
     def move(self) -> Move:
         """How what the target reads gets to a device; counted where its layers are on two."""
         return Tensor.to if self.dispatch is None else self.stats.moved
@@ -189,7 +194,7 @@ class _Call:
         """Run the loop; the statistics are the draft's also when an exception ends it."""
         drafting = Drafting(drafter, controller, self.stats, self.draft.strict)
         try:
-            with target_threads() as threads, Waiting(threads, self.dispatch is None) as waiting, verifier:
+            with target_threads() as threads, SharedCores(threads, self._on_host) as cores, verifier:
                 decode(
                     verifier,
                     drafting,
@@ -198,7 +203,7 @@ class _Call:
                     selector,
                     selector.remaining,
                     self.stats,
-                    waiting,
+                    cores,
                     self.draft.watch,
                 )
         finally:
