@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_dovetail import DovetailAssistantModel, sharing, threads
+from hf_dovetail import DovetailAssistantModel, plugin, sharing, threads
 from hf_dovetail.sharing import SharedCores, shares_cores
 
 linux = pytest.mark.skipif(sharing._openmp() is None, reason="no GNU OpenMP here, or its wait policy is chosen already")
@@ -179,3 +179,14 @@ def test_busy_neighbours_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         for neighbour in neighbours:
             neighbour.kill()
             neighbour.wait()
+
+
+@pytest.mark.parametrize(
+    ("device", "dispatch", "watches"), [("cpu", None, True), ("cuda", None, False), ("cpu", 1, False)]
+)
+def test_only_a_target_that_computes_on_the_cpu_alone_is_watched(
+    device: str, dispatch: object, watches: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugin, "dispatch_of", lambda target: dispatch)
+    target = SimpleNamespace(device=torch.device(device))
+    assert plugin._Call(target, *[None] * 7)._on_host == watches
