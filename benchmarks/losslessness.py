@@ -1,9 +1,10 @@
 """How often Dovetail's answer is plain generate's, token for token, on real prompts and real models.
 
-    python benchmarks/losslessness.py [--prompts 164] [--max-new-tokens 128]
+    python benchmarks/losslessness.py [--prompts 164] [--max-new-tokens 128] [--tree auto]
 
 Modes: the model's own layers in float32, greedy and sampled under a seed, and in bfloat16 with eager attention; and
-prepared targets, whose logits must be the same bit for bit. Every difference is recorded with what explains it: at the
+prepared targets, whose logits must be the same bit for bit. Trees have 16 nodes in every round, or are "auto", of all
+sizes and now and then none. Every difference is recorded with what explains it: at the
 first differing token, the two candidates' logits in both runs, and the spacing of bfloat16 numbers at that size.
 """
 
@@ -30,6 +31,8 @@ MODES: dict[str, tuple[torch.dtype, str, str, dict[str, Any]]] = {
     "bf16_greedy_onednn": (torch.bfloat16, "sdpa", "onednn", GREEDY),
     "bf16_sampled_onednn": (torch.bfloat16, "sdpa", "onednn", SAMPLED),
     "bf16_sampled_int8": (torch.bfloat16, "sdpa", "int8", SAMPLED),
+    "bf16_sampled_int4": (torch.bfloat16, "sdpa", "int4", SAMPLED),
+    "fp32_sampled_onednn": (torch.float32, "sdpa", "onednn", SAMPLED),
 }
 """Precision, attention and engine of the target, and arguments of `generate`."""
 
@@ -41,9 +44,10 @@ def compare(
     prompts: list[str],
     length: int,
     sampling: dict[str, Any],
+    tree: TreeShape | str,
 ) -> dict[str, Any]:
     """Both answers to every prompt, under the same seed."""
-    differences, tally, draft.tree = [], Tally(), TreeShape()  # trees in every round, whether they pay or not
+    differences, tally, draft.tree = [], Tally(), tree
     same_bits = 0
     for index, prompt in enumerate(tqdm(prompts, leave=False)):
         inputs = tokenizer(prompt, return_tensors="pt")
@@ -105,11 +109,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=164)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
+    parser.add_argument("--tree", choices=("fixed", "auto"), default="fixed")
     parser.add_argument("--name", default="losslessness", help="of the result's file")
     arguments = parser.parse_args()
     pairs = {"demo pair, HumanEval": (demo_models, humaneval_prompts())}
     if SHARED.exists():
         pairs["babyllama pair, stories"] = (baby_llamas, story_prompts())
+    tree = "auto" if arguments.tree == "auto" else TreeShape()
     results: dict[str, dict[str, Any]] = {}
     for pair, (load, prompts) in pairs.items():
         for mode in arguments.modes:
@@ -117,7 +123,7 @@ def main() -> None:
             target, draft, tokenizer = load(dtype, attention)
             prepare_target(target, engine=engine)
             chosen = prompts[: arguments.prompts]
-            found = compare(target, draft, tokenizer, chosen, arguments.max_new_tokens, sampling)
+            found = compare(target, draft, tokenizer, chosen, arguments.max_new_tokens, sampling, tree)
             results.setdefault(pair, {})[mode] = found
             print(
                 f"{pair}: {mode:19} {found['identical']} of {found['tried']} identical, "
@@ -126,7 +132,7 @@ def main() -> None:
             )
     names = ("dtype", "attention", "engine", "sampling")
     modes = {mode: dict(zip(names, map(str, MODES[mode]), strict=True)) for mode in arguments.modes}
-    write(arguments.name, {"modes": modes, "max_new_tokens": arguments.max_new_tokens, "results": results})
+    write(arguments.name, {"modes": modes, "tree": str(tree), "max_new_tokens": arguments.max_new_tokens, "results": results})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What benchmarks compute, where that is more than a clock: the ideal tree, and lookup that is off."""
+"""What benchmarks compute, where that is more than a clock: the ideal tree, lookup that is off, rounds at prices."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from machines import machine
 
-from hf_dovetail import TreeShape, sharing
+from hf_dovetail import TreeShape, plugin, sharing
+from hf_dovetail.bench.prompts import prompt_set
 from hf_dovetail.controller import AutoController, Found
 from hf_dovetail.demo import load_pair
 from hf_dovetail.tree import DraftTree
@@ -19,6 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import busy
 import entropy
 import lookup
+import priced
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -71,3 +74,27 @@ def test_only_one_row_waits_in_loops_beside_neighbours(llama, noisy, ids, monkey
     assert found == {"plain": set(), "dovetail, in loops": {0}, "dovetail": {7}}
     with busy.neighbours(1):
         pass
+
+
+def test_rounds_are_paid_for() -> None:
+    """Every part once: two trees of which the second has more to catch up with, and a plain round."""
+    at = priced.Prices(machine("linear", "medium"))
+    rounds = [priced.Spent(4, 3, 5, 2), priced.Spent(2, 1, 108, 1), priced.Spent(1, 0, 4, 1)]
+    assert at.per_token(rounds) == pytest.approx((13.0 + 0.8 + 2 * 0.5 + 11.0 + 0.8 + 100 * 0.01 + 10.0) / 4)
+    assert at.plain == 10.0
+
+
+def test_real_rounds_at_prices() -> None:
+    """Every token of an answer is some round's; cheap rows make trees pay, dear ones leave plain decoding's price."""
+    target, draft, tokenizer = load_pair()
+    before, decoding = plugin._controller, priced.Decoding(target, tokenizer, 24)
+    group = prompt_set("easy")
+    rounds = decoding.fixed(group, draft, TreeShape(3, 2, 1))
+    assert sum(one.tokens for one in rounds) == 23 * len(group.prompts)
+    assert max(one.rows for one in rounds) == 4
+    assert rounds[1] == priced.Spent(4, 3, rounds[0].tokens, rounds[1].tokens)
+    cheap, dear = (priced.Prices(machine(rows, "fast")) for rows in ("flat", "every row costs a pass"))
+    assert decoding.automatic(group, draft, cheap) < 0.4 * cheap.plain
+    assert 0.95 * dear.plain < decoding.automatic(group, draft, dear) < 1.1 * dear.plain
+    assert plugin._controller is before
+    assert list(priced.machines())
