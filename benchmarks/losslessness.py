@@ -132,7 +132,10 @@ def main() -> None:
             )
     names = ("dtype", "attention", "engine", "sampling")
     modes = {mode: dict(zip(names, map(str, MODES[mode]), strict=True)) for mode in arguments.modes}
-    write(arguments.name, {"modes": modes, "tree": str(tree), "max_new_tokens": arguments.max_new_tokens, "results": results})
+    write(
+        arguments.name,
+        {"modes": modes, "tree": str(tree), "max_new_tokens": arguments.max_new_tokens, "results": results},
+    )
 
 
 if __name__ == "__main__":
