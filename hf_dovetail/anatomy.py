@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from .cache import CACHE
+
 _TRIED_TOKENS = 2
 _CODE = ("co_code", "co_consts", "co_names", "co_varnames")
 
@@ -111,7 +113,7 @@ def try_pass(model: PreTrainedModel) -> DynamicCache:
     """A pass over two tokens; its cache."""
     ids, cache = torch.arange(_TRIED_TOKENS, device="cpu").unsqueeze(0), DynamicCache(config=model.config)
     with torch.random.fork_rng(devices=[]):
-        return model(input_ids=ids, past_key_values=cache, use_cache=True).past_key_values
+        return getattr(model(input_ids=ids, use_cache=True, **{CACHE: cache}), CACHE)
 
 
 def nbytes_of(modules: Sequence[nn.Module]) -> int:

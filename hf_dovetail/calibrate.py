@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from .accept import walk
 from .acceptance import Acceptance
+from .cache import CACHE
 from .config import TreeShape
 from .curves import MAX_ROWS, ROW_POINTS, CostCurves
 from .draft import DraftSession
@@ -91,7 +92,7 @@ def _prefilled(target: PreTrainedModel, draft: DovetailAssistantModel) -> tuple[
     tap = FeatureTap(target, draft.reads_features, feature_layers(draft.config, target.config))
     verifier = open_target(target, context, tap, LARGEST.nodes)
     try:
-        output = verifier.prefill(lambda past: target(input_ids=ids, past_key_values=past, use_cache=True))
+        output = verifier.prefill(lambda past: target(input_ids=ids, use_cache=True, **{CACHE: past}))
     except BaseException:
         verifier.__exit__()
         raise

@@ -97,7 +97,7 @@ class DovetailConfig(PreTrainedConfig):
     """
 
     model_type = "dovetail"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     vocab_size: int = 32000
     hidden_size: int = 4096

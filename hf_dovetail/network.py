@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from .attention import BranchingMask
 from .blocks import KeyValueStore, RMSNorm, RotaryTable, Rotation, finish_logits, fold_mask, make_blocks, make_fusion
-from .cache import GrowingCache, num_cache_layers
+from .cache import CACHE, GrowingCache, num_cache_layers
 from .config import DovetailConfig
 from .eight_bits import EightBitMatrix, look_up, multiply
 from .levels import likeliest
@@ -160,7 +160,7 @@ class DraftNetwork(PreTrainedModel):
         features: Tensor | None = None,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | dict[str, Tensor] | None = None,
-        past_key_values: KeyValueStore | None = None,
+        cache: KeyValueStore | None = None,
     ) -> Tensor:
         """One step of the draft.
 
@@ -170,7 +170,7 @@ class DraftNetwork(PreTrainedModel):
                 `fusion="none"`.
             position_ids: (B, T); by default 0..T-1.
             attention_mask: from `mask_builder()`, or None for plain causal attention over these rows alone.
-            past_key_values: a cache; with `fusion="none"` the session's.
+            cache: with keys and values of earlier rows; with `fusion="none"` the session's.
 
         Returns:
             (B, T, h): the predicted features, or the LM's hidden states; `logits` maps both to the vocabulary.
@@ -184,13 +184,13 @@ class DraftNetwork(PreTrainedModel):
                 input_ids=input_ids,
                 position_ids=position_ids,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                use_cache=past_key_values is not None,
+                use_cache=cache is not None,
+                **{CACHE: cache},
             ).last_hidden_state
         if attention_mask is None:
             attention_mask = torch.ones(1, 1, rows, rows, dtype=torch.bool, device=input_ids.device).tril()
         rotation = self.rotary.at(position_ids, features.dtype)
-        return self.step(input_ids, features, rotation, attention_mask, past_key_values)
+        return self.step(input_ids, features, rotation, attention_mask, cache)
 
     def step(
         self,

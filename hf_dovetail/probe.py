@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .attention import TESTED_TYPES, BranchingMask
-from .cache import GrowingCache, num_cache_layers
+from .cache import CACHE, GrowingCache, num_cache_layers
 from .tree import DraftTree
 
 logger = logging.get_logger(__name__)
@@ -59,13 +59,13 @@ def _tree_logits(model: PreTrainedModel, prefix: Tensor, tree: DraftTree) -> Ten
     """(N, V) logits of every node, computed in one pass behind a cached prefix."""
     device, cache = model.device, GrowingCache(num_cache_layers(model.config))
     positions = torch.arange(_PREFIX, device=device).unsqueeze(0)
-    model(input_ids=prefix.to(device), position_ids=positions, past_key_values=cache, use_cache=True)
+    model(input_ids=prefix.to(device), position_ids=positions, use_cache=True, **{CACHE: cache})
     slots = (_PREFIX + tree.depths).to(device)
     prefixes = tree.ancestors.new_ones(1, slots.shape[1], _PREFIX)
     allowed = torch.cat((prefixes, tree.ancestors), dim=-1).to(device)
     mask = BranchingMask(model)(allowed, slots, torch.cat((positions, slots), dim=1))
     output = model(
-        input_ids=tree.tokens.to(device), position_ids=slots, attention_mask=mask, past_key_values=cache, use_cache=True
+        input_ids=tree.tokens.to(device), position_ids=slots, attention_mask=mask, use_cache=True, **{CACHE: cache}
     )
     return output.logits[0].float()
 

@@ -71,7 +71,7 @@ class RowBuffer:
         self._slots, self._end = slots, extent
         return self
 
-    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, layer: int, **named: object) -> tuple[Tensor, Tensor]:
         """Write (1, kv_heads, T, D) states where `at` or `at_slots` said; return the rows shown."""
         held_keys, held_values = self.states[layer]
         if self._slots is None:

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 
 from .anatomy import decoder_layers
 from .attention import BranchingMask, why_not_branching
-from .cache import GrowingCache, can_branch, num_cache_layers
+from .cache import CACHE, GrowingCache, can_branch, num_cache_layers
 from .config import TreeShape
 from .devices import Move
 from .dispatch import dispatch_of
@@ -195,8 +195,9 @@ class Target(AbstractContextManager):
         The features are those of the positions from `first` on.
         """
         output, features = self._run(lambda: forward(self.cache))
-        if output.past_key_values is not self.cache:  # a model may start a cache of its own (longrope)
-            self._context.cache = output.past_key_values
+        cache = getattr(output, CACHE)
+        if cache is not self.cache:  # a model may start a cache of its own (longrope)
+            self._context.cache = cache
             self._adopt()
         self.held = self._prompt_end = self.cache.get_seq_length()
         if features is not None:
@@ -251,7 +252,7 @@ class Target(AbstractContextManager):
             positions["position_ids"] = self._root + self._new + tree.depths.to(self._device)
         inputs = {"input_ids": tree.tokens.to(self._device), **positions, **self._context.options}
         output, features = self._run(
-            lambda: self.model(**inputs, attention_mask=attention_mask, past_key_values=self.cache, use_cache=True),
+            lambda: self.model(**inputs, attention_mask=attention_mask, use_cache=True, **{CACHE: self.cache}),
             given,
         )
         return TargetOutput(output.logits, features)
@@ -373,7 +374,7 @@ def open_target(model: PreTrainedModel, context: Context, tap: FeatureTap, nodes
     if takes_masks and can_branch(context.cache) and branches_rightly(model):
         return TreeTarget(model, context, tap, nodes)
     if type(context.cache) is not DynamicCache or context.cache.offloading:
-        raise _not_croppable(context.cache, "leave out cache_implementation and past_key_values")
+        raise _not_croppable(context.cache, f"leave out cache_implementation and {CACHE}")
     return ChainTarget(model, context, tap, nodes)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from ..cache import CACHE
 from ..calibrate import timed_tree
 from ..config import TreeShape
 from ..draft import DraftSession
@@ -106,5 +107,5 @@ def _prefilled(
     positions = torch.arange(length).unsqueeze(0)
     given = Context(DynamicCache(config=model.config), None, positions, length, length + nodes)
     target = open_target(model, given, FeatureTap(model, True, layers), nodes)
-    output = target.prefill(lambda cache: model(input_ids=text, past_key_values=cache, logits_to_keep=1))
+    output = target.prefill(lambda cache: model(input_ids=text, logits_to_keep=1, **{CACHE: cache}))
     return target, output.features

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy, try_pass
+from ..cache import CACHE
 from ..devices import HOST, Move
 from .crossing import Crossing, Enter, EnterDecoder, EnterModel, Twin
 
@@ -105,7 +106,7 @@ class Dispatch:
                 module._buffers[name] = buffer.to(self.device)
 
     def _hook(self, model: PreTrainedModel, anatomy: Anatomy, there: Sequence[nn.Module]) -> None:
-        kept = frozenset({"past_key_values", *(model._skip_keys_device_placement or ())})
+        kept = frozenset({CACHE, *(model._skip_keys_device_placement or ())})
         hooks: list[tuple[nn.Module, ModelHook]] = [
             (model, EnterModel(self._crossing, HOST, kept)),
             (anatomy.decoder, EnterDecoder(self._crossing, HOST, kept)),

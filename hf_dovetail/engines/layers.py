@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
 
 from ..anatomy import same_code
+from ..cache import CACHE
 from ..forwards import take_out
 from ..grouped import MOST_ROWS, NAME
 from ..packed import PackedWeight
@@ -98,7 +100,7 @@ def _forward(
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    past_key_values: Cache | None = None,
+    cache: Cache | None = None,
     use_cache: bool | None = False,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **options: Any,
@@ -107,19 +109,21 @@ def _forward(
 
     Args:
         hidden_states: (B, T, h). attention_mask: (B, 1, T, S) or None. position_embeddings: two of (1 or B, T, D).
+        cache: called `past_key_values` before transformers 5.24.
 
     Returns:
         (B, T, h).
     """
     options |= {"position_ids": position_ids, "use_cache": use_cache}
+    cache = options.pop("past_key_values", cache)
     layer = lean.layer
     takes = native.kernels() is not None and _takes(hidden_states, position_embeddings)
     parts = lean.parts() if takes and not layer.training else None
     if parts is None or not parts.fit(hidden_states, position_embeddings[0]):
-        options |= {"attention_mask": attention_mask, "past_key_values": past_key_values}
+        options |= {"attention_mask": attention_mask, CACHE: cache}
         return type(layer).forward(layer, hidden_states, position_embeddings=position_embeddings, **options)
     compute = parts.kernels[1].compute
-    return compute(parts.attention, hidden_states, position_embeddings, attention_mask, past_key_values, options)
+    return compute(parts.attention, hidden_states, position_embeddings, attention_mask, cache, options)
 
 
 def _takes(hidden: Tensor, embeddings: tuple[Tensor, Tensor] | None) -> bool:
@@ -248,7 +252,7 @@ def _look_into(layer: nn.Module) -> _Parts | None:
     query, key, value, output, gate, up, down = linears
     return _Parts(
         kind=type(layer),
-        found=_found(layer, type(attention).forward.__globals__),
+        found=_found(layer, _globals_of(type(attention).forward)),
         attention=attention,
         norms=tuple(norm for norm, _ in norms_within),
         linears=(Linears.of(query, key, value), Linears.of(output), Linears.of(gate, up), Linears.of(down)),
@@ -290,7 +294,7 @@ def _found(layer: nn.Module, functions: dict[str, Any]) -> _Found:
 def _names_of_head_norms(layer: nn.Module) -> tuple[str, ...] | None:
     """Where a layer of known code has its norms of queries and keys (most have none), or None for other layers."""
     llama, attention = _reference("llama"), type(layer.self_attn)
-    functions = getattr(attention.forward, "__globals__", {})
+    functions = _globals_of(attention.forward)
     rotate = _function(functions.get(_ROTARY))
     known = (
         (type(layer).forward, llama.LlamaDecoderLayer.forward),
@@ -306,6 +310,11 @@ def _names_of_head_norms(layer: nn.Module) -> tuple[str, ...] | None:
         if _is_copy(attention.forward, getattr(_reference(name), f"{name.capitalize()}Attention").forward):
             return head_norms
     return None
+
+
+def _globals_of(function: Callable) -> dict[str, Any]:
+    """What a function finds by names, within decorators (transformers 5.24 renames an argument by one)."""
+    return getattr(inspect.unwrap(function), "__globals__", {})
 
 
 def _function(found: Any) -> Any:

@@ -17,6 +17,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
+from ..cache import CACHE
 from ..config import TreeShape
 from ..controller import Controller
 from ..decode import decode
@@ -176,7 +177,7 @@ class _Call:
     def context(self) -> Context:
         """Where the sequence stands."""
         return Context(
-            cache=self.model_kwargs["past_key_values"],
+            cache=self.model_kwargs[CACHE],
             attention_mask=self._at_target(self.model_kwargs.get("attention_mask")),
             position_ids=self._at_target(self.model_kwargs.get("position_ids")),
             prompt_length=self.input_ids.shape[1],
@@ -211,7 +212,7 @@ class _Call:
 
     def _prefill(self, cache: Cache) -> Any:
         """Run the prompt with this cache."""
-        return self.target._prefill(self.input_ids, self.config, {**self.model_kwargs, "past_key_values": cache})
+        return self.target._prefill(self.input_ids, self.config, {**self.model_kwargs, CACHE: cache})
 
     def result(self, verifier: Target, selector: TokenSelector, context: Context) -> GenerateDecoderOnlyOutput | Tensor:
         """What `generate` returns, the cache included where it is asked for or the user's own."""
@@ -221,7 +222,7 @@ class _Call:
         if not returns_more:
             return selector.input_ids
         return GenerateDecoderOnlyOutput(
-            sequences=selector.input_ids, scores=selector.scores, logits=selector.logits, past_key_values=cache
+            sequences=selector.input_ids, scores=selector.scores, logits=selector.logits, **{CACHE: cache}
         )
 
 

@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from ..cache import CACHE
 from ..modeling import DovetailAssistantModel
 from ..weights import check_fits
 
-PREPARED = ("past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position")
+PREPARED = (CACHE, "attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position")
 """The model's arguments that `generate` prepares for text prompts."""
 _MODES = ("greedy_search", "sample", "assisted_generation")
 _OTHER_ASSISTANTS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type")
@@ -61,7 +62,7 @@ def check_inputs(
         raise ValueError(
             "the prompt is empty (0 tokens); pass at least one token, such as the tokenizer's bos_token_id"
         )
-    if not model_kwargs.get("use_cache") or model_kwargs.get("past_key_values") is None:
+    if not model_kwargs.get("use_cache") or model_kwargs.get(CACHE) is None:
         raise ValueError(
             "Dovetail needs the target's key/value cache; pass use_cache=True, or leave out assistant_model"
         )

@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
 from ..anatomy import decoder_layers
+from ..cache import CACHE
 from ..curves import described_path
 from ..fingerprint import accelerator_name, cpu_name, geometry, versions
 from ..threads import chosen_threads, target_threads
@@ -146,7 +147,7 @@ def _first_call(model: PreTrainedModel, rows: int) -> Call:
     text = model.config.get_text_config(decoder=True)
     ids = (torch.arange(rows, device="cpu") % text.vocab_size).unsqueeze(0)
     with _asking(inputs, model):
-        decoder.forward(input_ids=ids, past_key_values=DynamicCache(config=text), use_cache=True)
+        decoder.forward(input_ids=ids, use_cache=True, **{CACHE: DynamicCache(config=text)})
     return inputs.call
 
 
