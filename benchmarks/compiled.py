@@ -25,6 +25,7 @@ from hf_dovetail import TreeShape, prepare_target
 from hf_dovetail.bench.machine import read_bandwidth
 from hf_dovetail.bench.models import load_models
 from hf_dovetail.bench.parts import verify_ms
+from hf_dovetail.cache import CACHE
 
 ROWS = (1, 16)
 CONTEXT = 300
@@ -33,7 +34,7 @@ CONTEXT = 300
 def compiled_ms(model: PreTrainedModel, text: torch.Tensor, rows: int, repeats: int) -> dict[str, Any]:
     """Seconds of compiling a pass of `rows` rows behind `CONTEXT` positions, and its median time in ms."""
     cache = StaticCache(config=model.config, max_cache_len=CONTEXT + max(ROWS))
-    model(text[:, :CONTEXT], past_key_values=cache)
+    model(text[:, :CONTEXT], **{CACHE: cache})
     held = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
     run = torch.compile(model.forward, dynamic=False, fullgraph=False)
     places = torch.arange(CONTEXT, CONTEXT + rows).unsqueeze(0)
@@ -47,7 +48,7 @@ def compiled_ms(model: PreTrainedModel, text: torch.Tensor, rows: int, repeats: 
             if hasattr(layer, "cumulative_length"):
                 layer.cumulative_length.fill_(CONTEXT)
         begin = time.perf_counter()
-        run(input_ids=tokens, position_ids=places, attention_mask=mask, past_key_values=cache)
+        run(input_ids=tokens, position_ids=places, attention_mask=mask, **{CACHE: cache})
         return 1e3 * (time.perf_counter() - begin)
 
     compiling = once() / 1e3

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_dovetail import TreeShape
+from hf_dovetail.cache import CACHE
 from hf_dovetail.demo import load_pair
 
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 0}
@@ -68,7 +69,7 @@ class Distributions:
 
     def _run(self, ids: Tensor, cache: DynamicCache) -> Tensor:
         """(B, V) behind the last of ids (B, T)."""
-        return self._target(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].softmax(dim=-1)
+        return self._target(input_ids=ids, logits_to_keep=1, **{CACHE: cache}).logits[:, -1].softmax(dim=-1)
 
 
 def rounds_of(target: PreTrainedModel, answer: Tensor, start: int, shape: TreeShape) -> list[tuple[float, int]]:

@@ -22,6 +22,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from hf_dovetail import prefill, prepare_target
 from hf_dovetail.anatomy import decoder_layers
+from hf_dovetail.cache import CACHE
 from hf_dovetail.prefill.measure import measure
 from hf_dovetail.prefill.passes import Streaming
 from hf_dovetail.prefill.switch import switch_on
@@ -43,7 +44,7 @@ def target(layers: int, hidden: int, vocabulary: int) -> PreTrainedModel:
 def prompt_ms(model: PreTrainedModel, ids: Tensor) -> float:
     """Time of one pass over a prompt."""
     begin = time.perf_counter()
-    model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
+    model(ids, use_cache=True, logits_to_keep=1, **{CACHE: DynamicCache(config=model.config)})
     return 1e3 * (time.perf_counter() - begin)
 
 

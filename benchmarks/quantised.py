@@ -22,6 +22,7 @@ from transformers.initialization import no_init_weights
 from hf_dovetail import prepare_target
 from hf_dovetail.bench.machine import read_bandwidth
 from hf_dovetail.bench.parts import read_bytes, weight_shapes
+from hf_dovetail.cache import CACHE
 from hf_dovetail.engines import int4, int8, native
 from hf_dovetail.threads import target_threads
 
@@ -72,11 +73,11 @@ class Pass:
         self.read_bytes = read_bytes(model, shapes, KEYS)
         self.cache = DynamicCache(config=model.config)
         self.ids = torch.randint(0, 32000, (1, KEYS), generator=torch.Generator().manual_seed(0))
-        self.model(self.ids, past_key_values=self.cache, logits_to_keep=1)
+        self.model(self.ids, logits_to_keep=1, **{CACHE: self.cache})
 
     def ms(self, rows: int) -> float:
         begin = time.perf_counter()
-        self.model(self.ids[:, :rows], past_key_values=self.cache)
+        self.model(self.ids[:, :rows], **{CACHE: self.cache})
         spent = 1e3 * (time.perf_counter() - begin)
         self.cache.crop(-rows)
         return spent

@@ -27,8 +27,13 @@ from .pauses import LOOK_NODES, look_nodes
 from .tree import DraftTree
 from .worth import deeper_pays, gains_of, nodes_of, sums_of, worths_by_levels
 
-PROBE = (TreeShape(), TreeShape(0), TreeShape(7, 4, 10), TreeShape(0), TreeShape(MAX_ROWS - 1, 10, 10))
-"""The first rounds on a machine without curves. They decode like any round, so measuring costs almost nothing."""
+PROBE = (TreeShape(0), TreeShape(7, 4, 10), TreeShape(7, 4, 10), TreeShape(), TreeShape(MAX_ROWS - 1, 10, 10))
+"""Rounds that show what they cost on a machine without curves, and decode like any other: two at once; the second again
+if it was dear, which a hiccup may have been; the larger ones once the time spent so far makes them cheap, unless a tree
+of that size was chosen meanwhile."""
+
+_AGAIN, _DEAR = 2, 2.0  # which probe is a repetition, and how many plain rounds make the one before it dear
+_PROBE_SHARE = 0.03  # of the time of all verifications so far that a larger probe may cost
 
 _SPARE_NODES = (1.5, 4)  # times and plus what was verified of late: a smaller tree has narrower levels
 _SIZE_TREND = 0.8  # share of that which a tree leaves
@@ -161,12 +166,11 @@ class AutoController(Controller):
             if self._starts:
                 self._begin_answer(waiting, remaining)
             self._looks = experience.pauses.length > 0
-            if most.nodes == 0 or (experience.pauses.wait > 0 and not self._probes()):
-                self._plan = TreeShape(0, 0, most.top_k)
-            elif self._probes():
-                probe = PROBE[experience.probed]
-                experience.probed += 1
+            probe = self._probe() if most.nodes else None
+            if probe is not None:
                 self._forced, self._plan = True, probe.within(most)
+            elif most.nodes == 0 or experience.pauses.wait > 0:
+                self._plan = TreeShape(0, 0, most.top_k)
             else:
                 self._plan = self._free(most, waiting, remaining)
             self._looks = self._looks and self._plan.nodes > 0
@@ -179,8 +183,19 @@ class AutoController(Controller):
         look_ms = waiting * costs.row.value + costs.draft_ms(1) + float(rows[LOOK_NODES + 1] - rows[1])
         self._experience.pauses.shorten(look_ms, remaining, costs.plain_ms(self._context))
 
-    def _probes(self) -> bool:
-        return not self._costs.measured and self._experience.probed < len(PROBE)
+    def _probe(self) -> TreeShape | None:
+        """The next probe, if it is time for one."""
+        costs = self._costs
+        while not costs.measured and costs.probes < len(PROBE):
+            turn, shape, rows = costs.probes, PROBE[costs.probes], costs.table(self._context)
+            plain_ms, ms = rows[1], rows[shape.nodes + 1]
+            if turn > _AGAIN and ms - plain_ms > _PROBE_SHARE * costs.verified_ms:
+                return None
+            costs.probes += 1
+            needless = ms < _DEAR * plain_ms if turn == _AGAIN else turn > _AGAIN and costs.most_rows > shape.nodes
+            if not needless:
+                return shape
+        return None
 
     def _free(self, most: TreeShape, waiting: int, remaining: int) -> TreeShape:
         """What to grow when nothing forbids it."""

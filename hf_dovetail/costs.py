@@ -10,6 +10,7 @@ import math
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 from statistics import median
 from threading import Lock
 
@@ -23,6 +24,7 @@ _TRUSTED = 8.0  # weight of a measured number, in rounds
 _FADE = 0.99  # per round: estimates of sizes that are not seen lose weight, and follow the others
 _NEIGHBOURS = 0.5  # weight of what all sizes say, in rounds
 _BLOCK = 32  # positions of context that share a table
+_OPENING = 3  # verifications that draw the curve on a machine without one; the later ones correct it
 WINDOW = 32  # rounds over which drift is judged
 DRIFT = (0.75, 1.33)  # median of observed / stored beyond which stored curves are rescaled
 
@@ -54,13 +56,17 @@ class Costs:
 
     Attributes:
         lock: for whoever shares these costs, and what else was learned with them.
+        probes: rounds that were forced to show what they cost.
+        verified_ms, most_rows: ms of all verifications so far, and rows of the largest.
 
     Args:
-        curves: measured curves, or None: then `CostCurves.guess()` until rounds say more.
+        curves: measured curves, or None: then `CostCurves.guess()`, until the first rounds have drawn others.
     """
 
     def __init__(self, curves: CostCurves | None) -> None:
         self.measured, self.lock = curves is not None, Lock()
+        self.probes, self.verified_ms, self.most_rows = 0, 0.0, 0
+        self._first: list[tuple[int, float]] = []  # rows and ms of the opening
         self._begin(curves or CostCurves.guess())
 
     def _begin(self, curves: CostCurves) -> None:
@@ -100,6 +106,13 @@ class Costs:
     def learn_verify(self, rows: int, context: int, observed_ms: float) -> None:
         """Enter the time of one verification."""
         if rows > MAX_ROWS or observed_ms <= 0:
+            return
+        self.verified_ms += observed_ms
+        self.most_rows = max(self.most_rows, rows)
+        if not self.measured and len(self._first) < _OPENING:
+            self._first.append((rows, observed_ms))
+            self.curves = replace(self.curves, verify=(straight_line(self._first, self.curves.rows),))
+            self._block = -1
             return
         points, line, near = self.curves.rows, self._at(context), self._corrections()
         after = max(bisect_left(points, rows), 1)
@@ -161,6 +174,24 @@ class Costs:
         total = sum(self._weight)
         shared = sum(weight * x for weight, x in pairs) / total if total else 0.0
         return [(weight * x + _NEIGHBOURS * shared) / (weight + _NEIGHBOURS) for weight, x in pairs]
+
+
+def straight_line(seen: Iterable[tuple[int, float]], points: Iterable[int]) -> tuple[float, ...]:
+    """ms at each of `points`, ascending numbers of rows, by the fewest and the most rows of which a time was seen.
+
+    Of each number of rows the least time counts, since a first pass prepares what later ones find. A single number says
+    nothing of the others: then `CostCurves.guess()` does.
+    """
+    least: dict[int, float] = {}
+    for rows, ms in seen:
+        least[rows] = min(ms, least.get(rows, ms))
+    few, most = min(least), max(least)
+    if few == most:
+        guess = CostCurves.guess()
+        guessed = along_rows(guess.rows, guess.line(0))
+        return tuple(least[few] * float(guessed[rows] / guessed[few]) for rows in points)
+    slope = max(least[most] - least[few], 0.0) / (most - few)
+    return tuple(least[few] + slope * max(rows - few, 0) for rows in points)
 
 
 def _leaves(factors: Iterable[float]) -> bool:

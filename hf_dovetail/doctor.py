@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+_TESTED = (5, 17), (5, 24)
+"""The oldest and the newest transformers that the tests have run with."""
+
 
 def add_doctor_parser(commands: Any) -> None:
     """Add the subcommand to argparse's `commands`."""
@@ -27,7 +30,7 @@ def report() -> str:
     from .threads import chosen_threads
 
     findings = {
-        "versions": ", ".join(map(" ".join, versions().items())),
+        "versions": ", ".join(map(" ".join, versions().items())) + _untested(versions()["transformers"]),
         "CPU": f"{cpu_name()}, {os.cpu_count()} logical CPUs; targets compute with {chosen_threads()} threads",
         "native kernels": _native(),
         "large pages": _large_pages(),
@@ -37,6 +40,14 @@ def report() -> str:
     }
     width = max(map(len, findings))
     return "\n".join(f"{name:{width}}  {found}" for name, found in findings.items())
+
+
+def _untested(version: str) -> str:
+    numbers = version.split(".")[:2]
+    if not all(map(str.isdecimal, numbers)) or _TESTED[0] <= tuple(map(int, numbers)) <= _TESTED[1]:
+        return ""
+    oldest, newest = (".".join(map(str, tested)) for tested in _TESTED)
+    return f"; not tested with transformers {version}: if an answer fails, install {oldest} to {newest}"
 
 
 def _native() -> str:

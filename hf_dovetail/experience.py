@@ -23,5 +23,4 @@ class Experience:
         """Of looked-up tokens, by class of match in place of the rank; texts are copied in episodes."""
         self.pauses, self.depths = Pauses(), Depths(LARGEST.levels)
         self.unverified = 0  # plain rounds since the last tree
-        self.probed = 0  # probing rounds done, on a machine without curves
         self.nodes = float(LARGEST.nodes)  # of the draft's, verified in trees of late

@@ -17,7 +17,7 @@ from hf_dovetail import TreeShape
 from hf_dovetail.accept import Accepted
 from hf_dovetail.acceptance import Acceptance, corrected
 from hf_dovetail.controller import PROBE, AutoController, Found
-from hf_dovetail.costs import WINDOW, Costs, Estimate
+from hf_dovetail.costs import WINDOW, Costs, Estimate, straight_line
 from hf_dovetail.curves import ROW_POINTS, CostCurves
 from hf_dovetail.decode import Round
 from hf_dovetail.demo import load_pair
@@ -221,16 +221,62 @@ def test_a_prompt_is_only_read_by_the_draft_for_an_answer_that_pays(recorded: li
         assert (controller.plan(LARGEST, 4000, 4000, remaining).nodes > 0) == pays
 
 
+def forced(rows_ms: Callable[[int], float], rounds: int) -> list[tuple[int, int]]:
+    """Of rounds on a machine without curves, the probes: which round, and nodes; no draft pays, so others are plain."""
+    costs, found = Costs(None), []
+    for turn in range(rounds):
+        experience = Experience()
+        experience.pauses.length = experience.pauses.wait = 10
+        controller, before = AutoController(costs, experience, clock=lambda: 0.0), costs.probes
+        shape = controller.plan(LARGEST, 0, 3, 100)
+        if costs.probes > before and (shape.nodes or turn == 0):
+            found.append((turn, shape.nodes))
+        costs.learn_verify(shape.nodes + 1, 0, rows_ms(shape.nodes + 1))
+    return found
+
+
 def test_the_first_rounds_on_an_unknown_machine_probe_it() -> None:
-    """Guards a probe that wastes passes: it is made of rounds, and there is none once curves are known."""
-    experience = Experience()
-    controller = AutoController(Costs(None), experience, clock=lambda: 0.0)
-    shapes = [controller.plan(LARGEST, 0, 3, 100) for _ in PROBE]
-    assert shapes == [TreeShape(s.nodes, s.depth, s.top_k) if s.nodes else TreeShape(0, 0, 10) for s in PROBE]
-    small = AutoController(Costs(None), Experience(), clock=lambda: 0.0).plan(TreeShape(5, 1, 3), 0, 3, 100)
-    assert small == TreeShape(5, 1, 3)
+    """Guards probes that waste passes: dear rows are seen twice, large trees once they cost 3 % of the time so far."""
+    assert forced(lambda rows: 10.0, 10) == [(0, 0), (1, 7), (2, 16), (3, 31)]
+    some = forced(lambda rows: 10.0 + 1.0 * (rows - 1), 200)
+    assert [nodes for _, nodes in some] == [0, 7, 16, 31]
+    assert [turn for turn, _ in some] == [0, 1, 53, 102]
+    dear = forced(lambda rows: 10.0 * rows, 1000)
+    assert dear[:3] == [(0, 0), (1, 7), (2, 7)]
+    assert 400 < dear[3][0] < 600
+    hiccup = iter([10.0, 400.0, *[10.0] * 100])
+    assert forced(lambda rows: next(hiccup), 20)[:4] == [(0, 0), (1, 7), (2, 7), (3, 16)]
+
+
+def test_no_probe_is_larger_than_what_may_be_verified_or_comes_where_curves_are_known() -> None:
+    controller = AutoController(Costs(None), Experience(), clock=lambda: 0.0)
+    assert controller.plan(TreeShape(5, 1, 3), 0, 3, 100).nodes == 0
+    assert controller.plan(TreeShape(5, 1, 3), 0, 3, 100) == TreeShape(5, 1, 3)
     known = AutoController(Costs(machine("flat", "fast")), Experience(), clock=lambda: 0.0)
     assert known.plan(LARGEST, 0, 3, 100) == LARGEST
+
+
+def test_a_chosen_tree_saves_a_probe() -> None:
+    costs = Costs(None)
+    for rows in (1, 8, 20):
+        costs.learn_verify(rows, 0, 10.0)
+    costs.probes = 2
+    controller = AutoController(costs, Experience(), clock=lambda: 0.0)
+    assert controller.plan(LARGEST, 0, 3, 100).nodes == 31  # 16 are known
+    assert costs.probes == len(PROBE)
+
+
+def test_the_opening_draws_a_line() -> None:
+    """Beyond what was seen the line goes on; of a size the least time counts; one size alone follows the guess."""
+    points = (1, 2, 8, 32)
+    assert straight_line([(1, 10.0)], points) == pytest.approx((10.0, 10.15, 11.05, 14.65))
+    assert straight_line([(1, 10.0), (8, 50.0), (8, 17.0)], points) == pytest.approx((10.0, 11.0, 17.0, 41.0))
+    assert straight_line([(1, 10.0), (8, 9.0)], points) == (10.0,) * 4
+    assert straight_line([(2, 10.0), (8, 16.0)], points) == pytest.approx((10.0, 10.0, 16.0, 40.0))
+    costs = Costs(None)
+    for rows, ms in ((1, 10.0), (8, 24.0)):
+        costs.learn_verify(rows, 0, ms)
+    np.testing.assert_allclose(costs.table(0)[[1, 8, 32]], [10.0, 24.0, 72.0])
 
 
 def learned_from(rounds: int, truth: Callable[[np.ndarray, np.ndarray], np.ndarray], says: np.ndarray) -> Acceptance:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from hf_dovetail import fingerprint
 from hf_dovetail.cli import main
 from hf_dovetail.engines import native
 from hf_dovetail.threads import chosen_threads
@@ -32,3 +33,17 @@ def test_what_there_is_and_what_is_in_the_way(
     text = "\n".join(lesser.values())
     assert "none: this CPU has no AVX2" in text
     assert "not int4: this CPU has no AVX2" in text
+
+
+@pytest.mark.parametrize(
+    ("version", "tested"), [("5.17.0", True), ("5.24.3", True), ("5.9.2", False), ("6.0.0", False)]
+)
+def test_transformers_that_no_test_has_run_with(
+    version: str, tested: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fingerprint, "versions", lambda: {"transformers": version})
+    assert (f"not tested with transformers {version}" in findings(capsys)["versions"]) is not tested
+
+
+def test_this_transformers_is_tested(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "not tested" not in findings(capsys)["versions"]
