@@ -10,14 +10,16 @@ from safetensors import SafetensorError
 from .names import existing
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_target(option: str, name: str) -> PreTrainedModel:
-    """The model, in its checkpoint's precision.
+def load_target(option: str, name: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """The model.
 
     Args:
         option: how the name was given, such as `--target`. name: a folder, or a name on the Hub.
+        dtype: its precision; "auto" for its checkpoint's.
 
     Raises:
         ValueError: if there can be no such model.
@@ -26,7 +28,7 @@ def load_target(option: str, name: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(existing(option, name), dtype="auto")
+        return AutoModelForCausalLM.from_pretrained(existing(option, name), dtype=dtype)
     except SafetensorError as error:
         raise OSError(f"{option}: the weights in {name} are damaged ({error}); copy or download them again") from error
 

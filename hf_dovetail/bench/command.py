@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..names import existing
-
 DEFAULT_OUT = "bench.json"
 
 
@@ -55,11 +53,12 @@ def run_bench(arguments: argparse.Namespace) -> None:
     """Measure, write the JSON, print the table.
 
     Raises:
-        ValueError: for options that name nothing known, or numbers out of range.
+        ValueError: for options that name nothing known, files that cannot be written, or numbers out of range.
     """
     import torch
     from transformers.utils import logging
 
+    from .files import check_can_write
     from .models import load_models
     from .plot import check_can_plot, plot_bars
     from .report import ratios, table
@@ -71,12 +70,8 @@ def run_bench(arguments: argparse.Namespace) -> None:
     settings = _settings(arguments)
     if arguments.plot:
         check_can_plot(arguments.plot)
-    for option in ("target", "draft", "assistant"):
-        if getattr(arguments, option) is not None:
-            existing(f"--{option}", getattr(arguments, option))
+    check_can_write("--out", arguments.out)
     out = Path(arguments.out)
-    if not out.parent.is_dir():
-        raise ValueError(f"--out is {arguments.out!r}, but there is no folder {out.parent}")
     logging.disable_progress_bar()
     models = load_models(
         arguments.target, arguments.draft, arguments.assistant, arguments.widen, dtypes[arguments.dtype], settings.shape
@@ -102,9 +97,11 @@ def run_compare(arguments: argparse.Namespace) -> None:
 
 def run_show(arguments: argparse.Namespace) -> None:
     """Print a result, and draw it if asked to."""
-    from .plot import plot_bars
+    from .plot import check_can_plot, plot_bars
     from .report import load, table
 
+    if arguments.plot:
+        check_can_plot(arguments.plot)
     result = load(arguments.result)
     print(table(result))
     if arguments.plot:
@@ -115,7 +112,7 @@ def _settings(arguments: argparse.Namespace) -> Any:
     """The run's settings from the command line, checked."""
     from dataclasses import replace
 
-    from .prompts import prompt_set
+    from .prompts import prompt_sets
     from .rows import ROW_NAMES
     from .run import ENGINE_NAMES, Settings
 
@@ -130,7 +127,7 @@ def _settings(arguments: argparse.Namespace) -> Any:
         unknown = [name for name in given or () if name not in known]
         if unknown:
             raise ValueError(f"{option}: unknown {', '.join(unknown)}; expected some of {', '.join(known)}")
-    groups = [prompt_set(name) for name in arguments.prompts]
+    groups = prompt_sets(arguments.prompts)
     return Settings(
         prompts=tuple(replace(group, prompts=group.prompts[: arguments.prompts_per_set]) for group in groups),
         new_tokens=arguments.new_tokens,

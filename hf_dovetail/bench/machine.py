@@ -20,6 +20,7 @@ import hf_dovetail
 
 from ..engines import pages
 from ..fingerprint import cpu_name
+from ..threads import chosen_threads
 
 _PACKAGE = Path(hf_dovetail.__file__).parent
 _OPTIONAL = ("intel-extension-for-pytorch", "llama-cpp-python", "torchao")
@@ -41,6 +42,7 @@ def record() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "target_threads": chosen_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else str(accelerator or "") or None,
     }

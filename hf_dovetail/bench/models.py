@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import TreeShape
 from ..demo import load_pair, pair_path
+from ..loading import load_target, load_tokenizer
 from ..modeling import DovetailAssistantModel
+from ..names import existing
 from .rows import Row, make_rows, never_ending, randomised
-from .widen import PRESETS, map_draft, preset, widen, widen_draft
+from .widen import PRESETS, check_can_widen, map_draft, preset, widen, widen_draft
 
 NOT_WIDENED = "none"
 
@@ -58,18 +61,19 @@ def load_models(
 
     Raises:
         ValueError: if only one of target and draft is given, or the geometry is unknown or does not suit the target.
+        OSError: if a model's files are missing or damaged.
     """
     if (target is None) != (draft is None):
         raise ValueError("give both --target and --draft, or neither for the pair in the package")
     if geometry not in (*PRESETS, NOT_WIDENED):
         raise ValueError(f"--widen is {geometry!r}; expected {', '.join(PRESETS)} or {NOT_WIDENED}")
+    helper = None if assistant is None else load_target("--assistant", assistant, dtype)
     if target is None:
         small, small_draft, tokenizer = load_pair(dtype)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(target)
-        small = AutoModelForCausalLM.from_pretrained(target, dtype=dtype)
-        small_draft = DovetailAssistantModel.from_pretrained(draft, dtype=dtype)
-    helper = None if assistant is None else AutoModelForCausalLM.from_pretrained(assistant, dtype=dtype)
+        small_draft = DovetailAssistantModel.from_pretrained(existing("--draft", draft), dtype=dtype)
+        small = load_target("--target", target, dtype)
+        tokenizer = load_tokenizer("--target", target)
     if geometry == NOT_WIDENED:
         del small  # it is read anew for each engine
         source, chain_maker = target or pair_path("target"), helper
@@ -79,6 +83,7 @@ def load_models(
             return never_ending(AutoModelForCausalLM.from_pretrained(source, dtype=dtype))
 
     else:
+        check_can_widen(small)
         sizes, chain_maker = asdict(preset(geometry, small.config)), helper or small
 
         def make() -> PreTrainedModel:
@@ -92,7 +97,8 @@ def load_models(
         rows, drafts = _rows(mapped, wide_draft, chain_maker, shape)
         del wide
     target_now = make()
-    positions = target_now.config.get_text_config(decoder=True).max_position_embeddings
+    text = target_now.config.get_text_config(decoder=True)
+    positions = getattr(text, "max_position_embeddings", None) or sys.maxsize  # ALiBi's have no end
     describe = {
         "target": {"name": "the pair in the package" if target is None else Path(target).name, **_describe(target_now)},
         "drafts": {name: _describe(model) for name, model in drafts.items()},

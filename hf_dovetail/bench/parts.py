@@ -9,13 +9,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from ..anatomy import try_pass
 from ..cache import CACHE
 from ..calibrate import timed_tree
 from ..config import TreeShape
 from ..draft import DraftSession
 from ..modeling import DovetailAssistantModel
 from ..target import Context, FeatureTap, Target, open_target
+from ..threads import target_threads
 from ..weights import feature_layers
 from .machine import median_ms
 
@@ -28,11 +31,11 @@ ROWS = (1, 2, 4, 8, 16, 17, 24, 32)
 def verify_ms(model: PreTrainedModel, text: Tensor, repeats: int) -> dict[int, float]:
     """Median wall time of the whole target's forward pass over 1 to 32 rows, behind the cached (1, n) `text`.
 
-    The numbers of rows take turns, so that drift of the machine hits all alike.
+    With the threads that a round verifies with. The numbers of rows take turns, so that drift of the machine hits all
+    alike.
     """
-    target, _ = _prefilled(model, text, max(ROWS))
     samples: dict[int, list[float]] = {rows: [] for rows in ROWS}
-    with target:
+    with target_threads(), _prefilled(model, text, max(ROWS))[0] as target:
         for repeat in range(repeats + 1):
             for rows in ROWS:
                 tree = timed_tree(rows, model.config.get_text_config(decoder=True).vocab_size)
@@ -40,7 +43,7 @@ def verify_ms(model: PreTrainedModel, text: Tensor, repeats: int) -> dict[int, f
                 target.verify(tree)
                 if repeat:  # the first turn warms up
                     samples[rows].append(1e3 * (time.perf_counter() - begin))
-                target.cache.truncate(target.held)
+                target.commit(())
     return {rows: statistics.median(times) for rows, times in samples.items()}
 
 
@@ -48,7 +51,10 @@ def verify_ms(model: PreTrainedModel, text: Tensor, repeats: int) -> dict[int, f
 def draft_ms(
     draft: DovetailAssistantModel, model: PreTrainedModel, shape: TreeShape, text: Tensor, repeats: int
 ) -> float:
-    """Median wall time of a draft's round: take 4 more tokens of (1, n) `text`, grow a tree, bring it to the host."""
+    """Median wall time of a draft's round: take 4 more tokens of (1, n) `text`, grow a tree, bring it to the host.
+
+    With the threads that a round drafts with, as in `verify_ms`.
+    """
     device = draft.meet(model)
     session = DraftSession(draft, text.shape[1] + shape.nodes)
     layers = feature_layers(draft.config, model.config) if draft.reads_features else (-1,)
@@ -64,17 +70,19 @@ def draft_ms(
         session.commit(next(tokens), next(given) if draft.reads_features else None)
         return session.grow(shape).cpu()
 
-    with target:
+    with target_threads(), target:
         session.begin(text[:, :1].to(device), 0)
         grow()
         return median_ms(grow, repeats)
 
 
 def weight_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of each `nn.Linear` by its name, the LM head included; ask before an engine is chosen."""
-    return {name: tuple(m.weight.shape) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    """(outputs, inputs) of each linear layer by its name, the LM head included; ask before an engine is chosen."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    return {name: tuple((m.weight.T if isinstance(m, Conv1D) else m.weight).shape) for name, m in layers.items()}
 
 
+@torch.no_grad()
 def read_bytes(model: PreTrainedModel, shapes: dict[str, tuple[int, int]], context: int) -> int:
     """Bytes that one token's forward pass must read: every matrix as its engine stores it, and the keys and values.
 
@@ -85,9 +93,14 @@ def read_bytes(model: PreTrainedModel, shapes: dict[str, tuple[int, int]], conte
     """
     modules = dict(model.named_modules())
     matrices = sum(_stored_bytes(modules.get(name), shape, model.dtype) for name, shape in shapes.items())
-    text = model.config.get_text_config(decoder=True)
-    keys_and_values = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * context
-    return matrices + keys_and_values * model.dtype.itemsize
+    return matrices + _position_bytes(model) * context
+
+
+def _position_bytes(model: PreTrainedModel) -> int:
+    """Bytes of one position's keys and values in all layers, as a short pass leaves them in the cache."""
+    layers = try_pass(model).layers
+    states = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    return sum(s.nbytes // s.shape[-2] for s in states if isinstance(s, Tensor))
 
 
 def _stored_bytes(module: nn.Module | None, shape: tuple[int, int], dtype: torch.dtype) -> int:

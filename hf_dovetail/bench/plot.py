@@ -6,6 +6,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from .files import check_can_write
+
 _COLORS = {"plain": "#9aa0a6", "dovetail": "#1f77b4", "random": "#aec7e8", "assisted": "#ff7f0e", "lookup": "#2ca02c"}
 
 
@@ -13,12 +15,13 @@ def check_can_plot(path: str) -> None:
     """Refuse a plot that could not be drawn, before anything is measured.
 
     Raises:
-        ValueError: if matplotlib is not installed, or the file's kind is none that it writes.
+        ValueError: if matplotlib is not installed, the file's kind is none that it writes, or it cannot be written.
     """
     if Path(path).suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"the plot's file is {path!r}; expected a name that ends in .png, .svg or .pdf")
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("plots need matplotlib, which is not installed; pip install 'hf_dovetail[plot]'")
+    check_can_write("--plot", path)
 
 
 def plot_bars(result: dict[str, Any], path: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,29 @@ NAMES = ("easy", "medium", "hard")
 """Repetitive text; HumanEval problems; the same problems sampled at temperature 1, which seldom repeats itself."""
 
 
+def prompt_sets(words: Sequence[str]) -> list[PromptSet]:
+    """The sets of these names and files; see `prompt_set`.
+
+    Raises:
+        ValueError: as `prompt_set`, and if two are called alike, whose answers would be one row.
+    """
+    found: dict[str, tuple[str, PromptSet]] = {}
+    for word in words:
+        group = prompt_set(word)
+        if group.name in found:
+            raise ValueError(
+                f"prompts {found[group.name][0]!r} and {word!r} would both be called {group.name!r} in the result; "
+                "give each set once, and rename files that are called alike"
+            )
+        found[group.name] = (word, group)
+    return [group for _, group in found.values()]
+
+
 def prompt_set(name: str) -> PromptSet:
     """A set by name, or the prompts of a file: JSONL with a "prompt" or "text" field, or one prompt as plain text.
 
     Raises:
-        ValueError: if the name is unknown and no file, or the file holds no prompt.
+        ValueError: if the name is unknown and no file, or the file holds no prompt or is not UTF-8.
     """
     if name == "easy":
         return PromptSet(name, _REPETITIVE)
@@ -58,7 +77,10 @@ def prompt_set(name: str) -> PromptSet:
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"prompts {name!r}: expected {', '.join(NAMES)}, or a JSONL or text file that exists")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     prompts = _jsonl(path, text) if path.suffix in (".jsonl", ".json") else (text,)
     if not prompts or not all(prompts):
         raise ValueError(f"{path} holds an empty prompt, or none; give some text to continue")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .layout import faults
 from .rows import PLAIN, ROW_NAMES
 from .run import FORMAT, KIND, LLAMA_ENGINES
 
@@ -16,7 +17,7 @@ def load(path: str) -> dict[str, Any]:
     """A result that `hf-dovetail bench` wrote.
 
     Raises:
-        ValueError: if the file is not there, or holds something else.
+        ValueError: if the file is not there, holds something else, or not all of a result.
     """
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -28,6 +29,10 @@ def load(path: str) -> dict[str, Any]:
         raise ValueError(f'{path} is not a result of hf-dovetail bench: it does not say "kind": "{KIND}"')
     if result.get("format") != FORMAT:
         raise ValueError(f"{path} has format {result.get('format')!r}, this version reads {FORMAT}; measure again")
+    damaged = faults(result)
+    if damaged:
+        places = ", ".join(damaged[:8])
+        raise ValueError(f"{path} is damaged: it lacks {places}, or something else stands there; measure again")
     return result
 
 

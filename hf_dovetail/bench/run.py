@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ ENGINE_NAMES = (*TORCH_ENGINES, *LLAMA_ENGINES)
 _AGREEMENT = 32
 _WARM_UP = 16
 _CALIBRATION_S = 4.0
+_NEEDS = (
+    "a wide draft needs --widen, a wide or random one a --draft that reads features, dovetail-lm-auto and assisted-* "
+    "need --assistant or --widen, llama.cpp has plain and lookup-10 only"
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,8 @@ class Run:
         say: told what is being done.
 
     Raises:
-        ValueError: if a prompt with its answer is longer than the target's positions.
+        ValueError: if a prompt with its answer is longer than the target's positions, or a row cannot be measured with
+            these models and engines.
     """
 
     def __init__(self, models: Models, settings: Settings, say: Callable[[str], None] = lambda text: None) -> None:
@@ -101,6 +107,7 @@ class Run:
             for group in settings.prompts
         ]
         self._check_lengths()
+        self._check_rows()
         self._answers: dict[tuple[str, str, str], list[list[Answer]]] = {}
         self._same: dict[tuple[str, str, str], list[bool]] = {}
         self._reference: dict[tuple[str, int], Answer] = {}  # the first engine's plain answers
@@ -138,6 +145,17 @@ class Run:
                         f"prompt {number} of {group.name} has {length} tokens, and {self._settings.new_tokens} new "
                         f"ones are asked for; expected at least 1, and at most {limit} together"
                     )
+
+    def _check_rows(self) -> None:
+        ours = [row.name for row in self._models.rows]
+        names = [llamacpp.ROW_NAMES if engine in LLAMA_ENGINES else ours for engine in self._settings.engines]
+        possible = list(dict.fromkeys(chain.from_iterable(names)))
+        impossible = [name for name in self._settings.rows or () if name not in possible]
+        if impossible:
+            raise ValueError(
+                f"--rows: with these models and engines there is no {', '.join(impossible)}; expected some of "
+                f"{', '.join(possible)} ({_NEEDS})"
+            )
 
     def _run_turn(self, engine: str, folder: Path) -> None:
         """One engine's turn; what it needed is free afterwards."""

@@ -58,6 +58,19 @@ def preset(name: str, small: LlamaConfig) -> Geometry:
     return Geometry(hidden_size, layers, intermediate_size, group * heads, heads)
 
 
+def check_can_widen(model: PreTrainedModel) -> None:
+    """Refuse a model that `widen` does not know.
+
+    Raises:
+        ValueError: if it is not a Llama.
+    """
+    if type(model) is not LlamaForCausalLM:
+        raise ValueError(
+            f"the model is a {type(model).__name__}; widening knows LlamaForCausalLM only. Measure it as it is "
+            "(--widen none)"
+        )
+
+
 @torch.no_grad()
 def widen(
     model: PreTrainedModel,
@@ -76,8 +89,7 @@ def widen(
         ValueError: if the model is not a Llama, a size is smaller than the model's own, or the number of query
             heads per key/value head differs.
     """
-    if type(model) is not LlamaForCausalLM:
-        raise ValueError(f"the model is a {type(model).__name__}; widening knows LlamaForCausalLM only")
+    check_can_widen(model)
     geometry = Geometry(hidden_size, num_hidden_layers, intermediate_size, num_attention_heads, num_key_value_heads)
     small = model.config
     _check_geometry(geometry, small)
