@@ -22,11 +22,14 @@ from .acceptance import Acceptance
 from .cache import CACHE
 from .config import TreeShape
 from .curves import MAX_ROWS, ROW_POINTS, CostCurves
+from .dispatch import dispatch_of
 from .draft import DraftSession
 from .experience import LARGEST
 from .learned import keep
 from .modeling import DovetailAssistantModel
+from .sharing import SharedCores
 from .target import Context, FeatureTap, Target, TreeTarget, open_target
+from .threads import target_threads
 from .tree import DraftTree
 from .weights import feature_layers
 
@@ -59,10 +62,15 @@ def calibrate(
         ValueError: if the draft does not fit the target, or the target's cache can neither branch nor be cropped.
     """
     draft.meet(target)
-    with tqdm(total=100, desc="calibrate", unit="%", disable=not progress, leave=False) as bar:
+    on_host = dispatch_of(target) is None and target.device.type == "cpu"
+    with (
+        tqdm(total=100, desc="calibrate", unit="%", disable=not progress, leave=False) as bar,
+        target_threads() as threads,
+        SharedCores(threads, on_host) as cores,
+    ):
         verifier, features = _prefilled(target, draft)
         with verifier:
-            timings = _verifications(verifier, (1 - _DRAFT_SHARE) * budget_s, _advance(bar, 1 - _DRAFT_SHARE))
+            timings = _verifications(verifier, cores, (1 - _DRAFT_SHARE) * budget_s, _advance(bar, 1 - _DRAFT_SHARE))
             overhead_ms, tree_ms = _rest(verifier)
         drafting = _drafting(draft, features, _DRAFT_SHARE * budget_s, _advance(bar, _DRAFT_SHARE))
     contexts = tuple(timings)
@@ -110,7 +118,9 @@ def _prompt_length(target: PreTrainedModel) -> int:
     return max(min(_PROMPT, _positions(target) - MAX_ROWS - 1), 1)
 
 
-def _verifications(verifier: Target, budget_s: float, advance: Callable[[float], None]) -> dict[int, list[float]]:
+def _verifications(
+    verifier: Target, cores: SharedCores, budget_s: float, advance: Callable[[float], None]
+) -> dict[int, list[float]]:
     """Median ms per context, one for each of `ROW_POINTS`; contexts and sizes take turns within one context."""
     begin = verifier.held
     contexts = [begin]
@@ -118,25 +128,29 @@ def _verifications(verifier: Target, budget_s: float, advance: Callable[[float],
         longest = _positions(verifier.model) - MAX_ROWS
         reached = {min(context, longest) for context in _CONTEXTS}
         contexts += sorted(context for context in reached if context >= 2 * begin)
-    for rows in ROW_POINTS:  # what libraries set up at first use is no cost of a round
-        _verify_ms(verifier, rows)
-    once = sum(_verify_ms(verifier, rows) for rows in ROW_POINTS) / 1e3
+
+    def timed() -> list[float]:
+        return [_verify_ms(verifier, rows, cores) for rows in ROW_POINTS]
+
+    timed()  # what libraries set up at first use is no cost of a round
+    again = timed()
+    once = sum(again) / 1e3
     repeats = int(budget_s / (len(contexts) * 1.3 * once))
     while repeats < 2 and len(contexts) > 2:  # rather fewer contexts than single shots
         contexts.pop(1)
         repeats = int(budget_s / (len(contexts) * 1.3 * once))
     repeats = min(max(repeats, 1), _MOST_REPEATS)
-    timings = {}
+    timings, spread = {}, 0.0
     for context in contexts:
         _fill(verifier, context)
         if context != begin:
-            _verify_ms(verifier, MAX_ROWS)  # grows the buffers
-        lines = []
+            _verify_ms(verifier, MAX_ROWS, cores)  # grows the buffers
+        lines = [again] if context == begin else []
         for _ in range(repeats):
-            lines.append([_verify_ms(verifier, rows) for rows in ROW_POINTS])
+            lines.append(timed())
             advance(1 / (repeats * len(contexts)))
         timings[context] = [statistics.median(column) for column in zip(*lines, strict=True)]
-    spread = _spread(lines)
+        spread = max(spread, _spread(lines))
     if spread > _UNSTEADY:
         logger.warning(
             "repeated verifications differ by %.0f %% from each other: other programs keep this machine busy, and the "
@@ -181,11 +195,12 @@ def _made(verifier: Target, rows: int) -> DraftTree:
     return timed_tree(rows, size) if isinstance(verifier, TreeTarget) else _chain(rows, size)
 
 
-def _verify_ms(verifier: Target, rows: int) -> float:
+def _verify_ms(verifier: Target, rows: int, cores: SharedCores) -> float:
     """Time one verification, and take it back."""
     tree = _made(verifier, rows)
     begin = time.perf_counter()
-    verifier.verify(tree)
+    with cores.observed():
+        verifier.verify(tree)
     spent = 1e3 * (time.perf_counter() - begin)
     verifier.commit(())
     return spent
