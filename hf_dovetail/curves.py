@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -134,21 +135,33 @@ def save_curves(curves: CostCurves, path: Path, description: Mapping[str, Any]) 
 
 def write_whole(content: Mapping[str, Any], path: Path, what: str) -> bool:
     """Write JSON at once or not at all; a file that cannot be written is a warning that says `what`, and False."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
-        partial.replace(path)
+        replace_file(path, json.dumps(content, indent=1, default=str).encode())
     except OSError as error:
         logger.warning_once(f"{what} could not be kept ({error}); Dovetail goes on without the file")
         return False
     return True
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file at once or not at all, whichever threads and processes do the same; its folder is made.
+
+    Raises:
+        OSError: if it cannot be written; what was there before is intact, and nothing else is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(".partial", f"{path.name}.", path.parent) as folder:
+        partial = Path(folder) / path.name
+        partial.write_bytes(content)
+        partial.replace(path)
+
+
 def load_curves(path: Path) -> CostCurves | None:
     """The curves of a file, or None if there is none; a file that holds something else is a warning, and None."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT:
+            raise ValueError(f"its format is {content['format']!r}, this version reads {_FORMAT}")
         values = content["curves"]
         values["verify"] = tuple(tuple(float(x) for x in line) for line in values["verify"])
         for name in ("rows", "contexts"):
@@ -158,7 +171,7 @@ def load_curves(path: Path) -> CostCurves | None:
         return CostCurves(**values)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         logger.warning_once(
             f"the cost curves in {path} cannot be read ({type(error).__name__}: {error}); Dovetail measures as it "
             "goes; delete the file or run hf-dovetail calibrate"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from observers import snapshot
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_dovetail import DovetailAssistantModel, TreeShape, learned
+from hf_dovetail import DovetailAssistantModel, TreeShape, learned, threads
 from hf_dovetail.calibrate import _spread, calibrate
 from hf_dovetail.calibrate_command import add_calibrate_parser, table
 from hf_dovetail.costs import WINDOW
-from hf_dovetail.curves import ROW_POINTS, CostCurves, curves_path, load_curves, save_curves
+from hf_dovetail.curves import ROW_POINTS, CostCurves, curves_path, load_curves, replace_file, save_curves
 from hf_dovetail.learned import describe, keep, learned_of
 
 CURVES = CostCurves(ROW_POINTS, (64, 512), (tuple([1.0] * 7), tuple([2.0] * 7)), 0.5, 0.01, 0.25, 0.1, 0.2)
@@ -101,7 +101,50 @@ def test_curves_survive_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert load_curves(path) == CURVES
     assert save_curves(CURVES.scaled(2, 3), path, {"a": 1})
     assert load_curves(path) == CURVES.scaled(2, 3) != CURVES
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_threads_that_write_one_file_do_not_meet(tmp_path: Path, warned: list[str]) -> None:
+    """Guards the temporary name, which is each write's own; whoever reads meanwhile finds one of the files, whole."""
+    path, both = tmp_path / "folder" / "curves.json", (CURVES, CURVES.scaled(2, 3))
+    written: list[bool] = []
+    read: list[CostCurves | None] = []
+
+    def write(curves: CostCurves) -> None:
+        for _ in range(50):
+            written.append(save_curves(curves, path, {}))
+            read.append(load_curves(path))
+
+    workers = [threading.Thread(target=write, args=(curves,)) for curves in both * 2]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert written == [True] * 200
+    assert set(read) <= set(both)
+    assert warned == []
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, folder = tmp_path / "curves.json", tmp_path / "folder"
+    folder.mkdir()
+    assert not save_curves(CURVES, folder, {})  # which stands where the file should
+    assert len(warned) == 1
+    assert str(folder) in warned[0]
+    assert list(tmp_path.iterdir()) == [folder]
+    assert save_curves(CURVES, path, {})
+    before = path.read_bytes()
+
+    def interrupt(self: Path, target: Path) -> None:
+        assert self.read_bytes() == b"new"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        replace_file(path, b"new")
+    assert path.read_bytes() == before
+    assert {*tmp_path.iterdir()} == {folder, path}
 
 
 @pytest.mark.parametrize(
@@ -115,7 +158,12 @@ def test_curves_survive_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         lambda text: text.replace('"first_ms": 0.5', '"first_ms": NaN'),
         lambda text: text.replace('"first_ms": 0.5', '"first_ms": -1'),
         lambda text: text.replace('"curves"', '"curve"'),
-        lambda text: json.dumps({"curves": {**json.loads(text)["curves"], "more": 1}}),
+        lambda text: text.replace('"first_ms"', '"more": 1, "first_ms"'),
+        lambda text: text.replace('"format": 1', '"format": 2'),
+        lambda text: text.replace('"format": 1', '"form": 1'),
+        lambda text: text.replace("512", "Infinity"),
+        lambda text: text.replace('"first_ms": 0.5', f'"first_ms": 1{"0" * 400}'),
+        lambda text: text.replace('"first_ms": 0.5', f'"first_ms": {"[" * 99999}{"]" * 99999}'),
         lambda text: "\x00\xff" * 9,
     ],
 )
@@ -125,11 +173,14 @@ def test_a_damaged_file_is_a_warning_and_decoding_goes_on(
     draft = tiny.draft_for(llama, "untrained")
     draft.meet(llama)
     path = keep(draft, llama, CURVES)
-    path.write_bytes(damage(path.read_text(encoding="utf-8")).encode("latin-1"))
+    whole = path.read_text(encoding="utf-8")
+    assert damage(whole) != whole
+    path.write_bytes(damage(whole).encode("latin-1"))
     draft.tree = "auto"
     tiny.both(llama, draft, ids)
     assert len(warned) == 1
     assert str(path) in warned[0]
+    assert "run hf-dovetail calibrate" in warned[0]
     assert not learned_of(draft, llama).costs.measured
 
 
@@ -220,19 +271,34 @@ def test_the_command_measures_keeps_and_draws(
     assert table(curves) in capsys.readouterr().out
 
 
+def test_passes_are_timed_with_the_threads_of_a_round(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards curves of another number of threads than their file says; torch's own number stays, errors included."""
+    before, chosen, seen = torch.get_num_threads(), torch.get_num_threads() + 1, set()
+    monkeypatch.setattr(threads, "chosen_threads", lambda: chosen)
+    draft = tiny.draft_for(llama, "noisy")
+    watched = llama.register_forward_pre_hook(lambda *_: seen.add(torch.get_num_threads()))
+    try:
+        calibrate(llama, draft, progress=False, budget_s=0.01)
+    finally:
+        watched.remove()
+    assert seen == {chosen}
+    assert torch.get_num_threads() == before
+
+
 def test_a_busy_machine_is_told_from_a_quiet_one(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the user against curves that say nothing; one hiccup, or a slow size, is no busy machine."""
     messages: list[str] = []
     monkeypatch.setattr("hf_dovetail.calibrate.logger.warning", lambda text, *values: messages.append(text % values))
     draft = tiny.draft_for(llama, "noisy")
     generator = random.Random(0)
-    for slowest, warns in ((1.05, False), (6.0, True)):
+    for slowest, budget_s, warns in ((1.05, 0.5, False), (1.05, 0.0, False), (6.0, 0.5, True), (6.0, 0.0, True)):
 
-        def timed(verifier: object, rows: int, slowest: float = slowest) -> float:
+        def timed(verifier: object, rows: int, cores: object, slowest: float = slowest) -> float:
             return 0.01 * rows * generator.uniform(1.0, slowest)
 
         monkeypatch.setattr("hf_dovetail.calibrate._verify_ms", timed)
-        calibrate(llama, draft, progress=False, budget_s=0.5)
+        messages.clear()
+        calibrate(llama, draft, progress=False, budget_s=budget_s)
         assert bool(messages) == warns
     assert "busy" in messages[0]
     steady = [[1.0, 9.0]] * 8

@@ -1,9 +1,13 @@
 """The native kernels: the bits of integer arithmetic, any number of threads, and what happens without a compiler."""
 
+import ctypes
+import hashlib
 import multiprocessing
 import os
+import re
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -211,8 +215,9 @@ def _old_cpu(patch: pytest.MonkeyPatch, folder: Path) -> None:
     patch.setattr(native, "cpu_flags", lambda: {"sse4_2", "avx"})
 
 
-def _cache_is_a_file(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    (folder / "hf_dovetail").write_text("")
+def _nowhere_to_write(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    (folder / "hf_dovetail").write_text("in the way")
+    patch.setattr(tempfile, "tempdir", str(folder / "missing"))
 
 
 def _results() -> list[torch.Tensor]:
@@ -253,7 +258,7 @@ def test_all_instruction_sets_give_the_same_bits(instructions: InstructionSet, f
         (_chosen_not_there, "no C compiler: .CC is 'no-such-compiler'"),
         (_old_cpu, "no AVX2 .missing: avx2, bmi1, fma, popcnt"),
         pytest.param(_fails, "failed .*status 3.*crt1", marks=has_compiler),
-        pytest.param(_cache_is_a_file, "cannot be kept", marks=has_compiler),
+        pytest.param(_nowhere_to_write, "neither from .*native nor from .*set HF_HOME or TMPDIR", marks=has_compiler),
     ],
 )
 def test_without_the_kernels_int8_goes_on_and_int4_says_why(
@@ -265,6 +270,7 @@ def test_without_the_kernels_int8_goes_on_and_int4_says_why(
         prepare_target(model, engine="int4")
     reason = int8.why_not(model)
     if reason is not None:
+        assert re.search(message, reason)
         pytest.skip(reason)
     prepare_target(model, engine="int8")
     assert kernels_of(model) == {int8.OneDnnInt8}
@@ -277,24 +283,124 @@ def test_without_the_kernels_int8_goes_on_and_int4_says_why(
         assert torch.equal(other(ids).logits, found)
 
 
+@pytest.mark.parametrize("without", ["a compiler", "AVX2"])
+def test_a_refusal_of_int8_says_what_each_kernel_lacks(without: str, fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Guards users of a CPU that has no VNNI against buying one where a compiler would do."""
+    model, flags = tiny.build("llama"), native.cpu_flags() - {"amx_int8"}
+    fresh.setattr(native, "cpu_flags", lambda: flags)
+    (_not_there if without == "a compiler" else _old_cpu)(fresh, tmp_path)
+    expected = native.why_not()
+    assert expected is not None
+    assert ("install gcc or clang" in expected) == (without == "a compiler" and "avx2" in flags)
+    fresh.setattr(int8, "_adds_exactly", lambda: False)
+    refusal = int8.why_not(model)
+    assert refusal.startswith(f"{expected}; without the native kernel: this CPU has no VNNI instructions")
+    with pytest.raises(ValueError, match=re.escape(refusal)):
+        prepare_target(model, engine="int8")
+    fresh.setattr(int8, "_adds_exactly", lambda: True)
+    assert int8.why_not(model) is None
+
+
+@pytest.fixture
+def source(fresh: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Of a library that is quick to compile, and of several pages."""
+    path = tmp_path / "answer.c"
+    path.write_text("int parts[1 << 16] = {41, [65535] = 1}; int answer(void) { return parts[0] + parts[65535]; }")
+    return path
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    """Where libraries are kept."""
+    return tmp_path / "hf_dovetail" / "native"
+
+
 def _compile(source: Path, gate: object, results: object) -> None:
     gate.wait()
     results.put(compiler.library((source,), ("-O0", "-shared", "-fPIC")).answer())
 
 
-@has_compiler
-def test_processes_that_compile_at_once_all_get_the_library(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    source = tmp_path / "answer.c"
-    source.write_text("int answer(void) { return 42; }")
+def _answers(source: Path, processes: int) -> list[int]:
+    """Of processes that ask at the same time and share nothing but the cache; none may crash."""
     context = multiprocessing.get_context("fork")
-    gate, results = context.Barrier(4), context.Queue()
-    workers = [context.Process(target=_compile, args=(source, gate, results)) for _ in range(4)]
+    gate, results = context.Barrier(processes), context.Queue()
+    workers = [context.Process(target=_compile, args=(source, gate, results)) for _ in range(processes)]
     for worker in workers:
         worker.start()
-    assert [results.get(timeout=60) for _ in workers] == [42] * 4
     for worker in workers:
-        worker.join()
-    kept = tmp_path / "hf_dovetail" / "native"
+        worker.join(timeout=60)
+    assert [worker.exitcode for worker in workers] == [0] * processes
+    return [results.get(timeout=60) for _ in workers]
+
+
+@has_compiler
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda whole: whole[: len(whole) // 2], id="half"),
+        pytest.param(lambda whole: b"", id="empty"),
+        pytest.param(lambda whole: b"no library" * 999, id="garbage"),
+        pytest.param(lambda whole: whole[:9999] + bytes([whole[9999] ^ 1]) + whole[10000:], id="one bit"),
+        pytest.param(lambda whole: whole[: -hashlib.sha256().digest_size], id="no digest"),
+        pytest.param(lambda whole: compiler._with_digest(b"no library"), id="whole, but cannot be loaded"),
+    ],
+)
+def test_a_damaged_library_is_compiled_again(damage: Callable[[bytes], bytes], source: Path, kept: Path) -> None:
+    """Guards against the signal that ends a process which loads half a library."""
+    assert _answers(source, 1) == [42]
+    (path,) = kept.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    assert path.read_bytes() != whole
+    assert _answers(source, 2) == [42] * 2
+    assert list(kept.iterdir()) == [path]
+    assert path.read_bytes() == whole
+    before = path.stat()
+    assert _answers(source, 1) == [42]
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+@available
+@has_compiler
+def test_without_a_cache_the_kernels_are_of_this_process(fresh: pytest.MonkeyPatch, tmp_path: Path, kept: Path) -> None:
+    temporary, warned = tmp_path / "temporary", []
+    temporary.mkdir()
+    kept.parent.write_text("in the way")
+    fresh.setattr(tempfile, "tempdir", str(temporary))
+    fresh.setattr(compiler.logger, "warning_once", warned.append)
+    assert native.why_not() is None
+    (levels, scales), rows = quantised((33, 70)), torch.randn(5, 70)
+    activations, magnitudes = int8.quantise(rows)
+    sums = (activations.long() - 128) @ levels.long().T
+    assert torch.equal(native.NativeInt8(levels, scales).product(rows), sums.float() * scales * magnitudes)
+    assert [str(kept) in message and "set HF_HOME" in message for message in warned] == [True]
+    assert kept.parent.read_text() == "in the way"
+    assert list(temporary.iterdir()) == []
+
+
+@has_compiler
+def test_where_the_cache_may_not_be_loaded_from(source: Path, kept: Path, fresh: pytest.MonkeyPatch) -> None:
+    """Guards homes on file systems that are mounted `noexec`."""
+    load, refused = ctypes.CDLL, []
+
+    def refuse(path: str) -> ctypes.CDLL:
+        if Path(path).parent == kept:
+            refused.append(path)
+            raise OSError("failed to map segment from shared object")
+        return load(path)
+
+    fresh.setattr(compiler.ctypes, "CDLL", refuse)
+    fresh.setattr(compiler.logger, "warning_once", lambda message: None)
+    for times in (1, 3):  # the second process finds a file, tries it, and compiles one more
+        assert compiler.library((source,), ("-O0", "-shared", "-fPIC")).answer() == 42
+        assert len(refused) == times
+    assert len(list(kept.iterdir())) == 1
+
+
+@has_compiler
+def test_processes_that_compile_at_once_all_get_the_library(source: Path, kept: Path) -> None:
+    source.write_text("int answer(void) { return 42; }")
+    assert _answers(source, 4) == [42] * 4
     (path,) = kept.iterdir()  # nothing partial is left
     before = path.stat().st_mtime_ns
     compiler.library((source,), ("-O0", "-shared", "-fPIC"))

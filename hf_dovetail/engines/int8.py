@@ -116,11 +116,8 @@ def why_not(model: PreTrainedModel) -> str | None:
     reason = quantised.why_not(model)
     if reason is not None or _native_why_not() is None:
         return reason
-    if not hasattr(torch.ops.onednn, "qlinear_prepack"):
-        return "this build of torch has no 8-bit linear layers"
-    if not _adds_exactly():
-        return "this CPU has no VNNI instructions, without which 8-bit sums overflow"
-    return None
+    onednn_reason = _onednn_why_not()
+    return None if onednn_reason is None else f"{_native_why_not()}; without the native kernel: {onednn_reason}"
 
 
 def prepare(model: PreTrainedModel) -> Swap:
@@ -136,6 +133,15 @@ def _native_why_not() -> str | None:
     if "amx_int8" in native.cpu_flags():
         return "this CPU has AMX, which oneDNN uses"
     return native.why_not()
+
+
+def _onednn_why_not() -> str | None:
+    """Why oneDNN's kernel cannot be used, or None."""
+    if not hasattr(torch.ops.onednn, "qlinear_prepack"):
+        return "this build of torch has no 8-bit linear layers"
+    if not _adds_exactly():
+        return "this CPU has no VNNI instructions, without which oneDNN's 8-bit sums overflow"
+    return None
 
 
 def _adds_exactly() -> bool:

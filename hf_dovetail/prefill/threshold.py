@@ -82,7 +82,7 @@ def load_times(path: Path) -> LayerTimes | None:
         return LayerTimes(float(values["upload_ms"]), **points)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         logger.warning_once(
             f"the times in {path} cannot be read ({type(error).__name__}: {error}); they are measured again"
         )
