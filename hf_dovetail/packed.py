@@ -7,7 +7,7 @@ names, hooks, parameter counts and ties of a model stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -65,7 +65,7 @@ class PackedWeight(Tensor):
             RuntimeError: if it is asked for around other values, as accelerate does when it moves a parameter.
         """
         if isinstance(kernel, Tensor):
-            raise _would_change("moving it, or giving it other values,")
+            raise would_change("moving it, or giving it other values,")
         weight = Tensor._make_wrapper_subclass(cls, kernel.shape, dtype=kernel.dtype, device="cpu")
         weight.kernel, weight.ticket = kernel, _ticket_of(kernel)
         return weight
@@ -90,9 +90,11 @@ class PackedWeight(Tensor):
         if func is F.embedding and isinstance(args[1], cls):
             return args[1].kernel.lookup(args[0])
         if func == Tensor.data.__set__ and isinstance(args[0], cls) and getattr(args[1], "kernel", 0) != args[0].kernel:
-            raise _would_change("another value")
+            raise would_change("another value")
+        if func is Tensor.__setitem__ and isinstance(args[0], cls):  # it would write into an unpacked copy
+            raise would_change("another value for some of its entries")
         if func is Tensor.share_memory_:  # torch would look for the storage that a packed weight has not
-            raise _would_change("sharing its memory with other processes")
+            raise would_change("sharing its memory with other processes")
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -100,8 +102,8 @@ class PackedWeight(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None) -> Any:
         if func in _COPIES:
             return cls(args[0].kernel)
-        if func._schema.is_mutable and isinstance(args[0], cls):
-            raise _would_change(str(func))
+        if func._schema.is_mutable and any(isinstance(each, cls) for each in _written(func, args, kwargs or {})):
+            raise would_change(str(func))
         plain = _pytree.tree_map_only(cls, lambda weight: weight.kernel.dense(), (args, dict(kwargs or {})))
         return func(*plain[0], **plain[1])
 
@@ -132,7 +134,16 @@ class PackedWeight(Tensor):
         return f"PackedWeight({type(self.kernel).__name__}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
-def _would_change(what: str) -> RuntimeError:
+def _written(func: Any, args: tuple, kwargs: Mapping) -> Iterator[Any]:
+    """What an operation writes into, by its schema: first arguments, `out=`, and what is in lists."""
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            yield from value if isinstance(value, list | tuple) else (value,)
+
+
+def would_change(what: str) -> RuntimeError:
+    """The error about something that a packed weight cannot take."""
     return RuntimeError(
         f"{what} would change a weight that is packed for a faster engine; call hf_dovetail.restore_target(model) first"
     )

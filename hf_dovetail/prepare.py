@@ -66,7 +66,7 @@ def prepare_target(
     """
     given, model = model, _unwrapped(model)
     _check_draft(draft)
-    check_engine(engine)
+    check_engine(model, engine)
     budget = None if vram_budget is None else _bytes(vram_budget)
     if budget is None and dispatch_of(model) is None and engine == engine_of(model) != "eager":
         stream_prompts(model)
@@ -76,11 +76,11 @@ def prepare_target(
         if budget is not None:
             _place(model, budget, draft, context)
         start_engine(model, engine)
+        if dispatch_of(model) is not None or engine_of(model) != "eager":
+            model._apply = _Apply(model)
     except BaseException:
         restore_target(model)
         raise
-    if dispatch_of(model) is not None or engine_of(model) != "eager":
-        model._apply = _Apply(model)
     return given
 
 
@@ -89,7 +89,8 @@ def restore_target(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         ValueError: if it is no model of transformers.
-        RuntimeError: if the engine cannot give the weights back, saying why; the model then stays prepared.
+        RuntimeError: if the engine cannot give the weights back, saying why; the model then stays prepared. After any
+            other failure, such as a lack of memory, call it again.
     """
     given, model = model, _unwrapped(model)
     stop_engine(model)

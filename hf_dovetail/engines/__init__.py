@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
@@ -18,19 +17,9 @@ from ..anatomy import is_quantised
 from ..dispatch import dispatch_of
 from ..threads import chosen_threads
 from . import activations, exact, int4, int8, ipex, layers, norms, onednn, quantised
+from .swap import Swap, swap_of
 
 logger = logging.get_logger(__name__)
-
-
-class Undo(Protocol):
-    """What an engine leaves behind, to take itself out again."""
-
-    def undo(self) -> None:
-        """Give the model its own modules and weights back.
-
-        Raises:
-            RuntimeError: saying in one sentence why that is impossible.
-        """
 
 
 @dataclass(frozen=True)
@@ -39,7 +28,7 @@ class Engine:
 
     Args:
         why_not: the reason why it cannot take a model, or None.
-        prepare: does it, in place.
+        prepare: does it, in place; `swap_of` takes it back, also what a failure leaves half done.
         keeps_precision: whether it computes what the model's own layers compute, up to rounding; only such
             engines are chosen by "auto".
         why_not_streamed: what it does that no accelerator can do alike in long prompts ("the engine NAME ..."); without
@@ -47,7 +36,7 @@ class Engine:
     """
 
     why_not: Callable[[PreTrainedModel], str | None]
-    prepare: Callable[[PreTrainedModel], Undo]
+    prepare: Callable[[PreTrainedModel], Swap]
     keeps_precision: bool = True
     why_not_streamed: str | None = None
 
@@ -60,56 +49,53 @@ ENGINES: dict[str, Engine] = {
 }
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    engine: str
-    undo: Undo
-    attention: str | None
-
-
-_prepared: WeakKeyDictionary[PreTrainedModel, _Prepared] = WeakKeyDictionary()
+_engines: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 
 
 def engine_of(model: PreTrainedModel) -> str:
     """The name of the engine that runs the model; "eager" for its own layers."""
-    return _prepared[model].engine if model in _prepared else "eager"
+    return _engines.get(model, "eager")
 
 
-def check_engine(engine: str) -> None:
-    """Refuse an engine that there is not.
+def check_engine(model: PreTrainedModel, engine: str) -> None:
+    """Refuse an engine that there is not, or that cannot take the model, prepared or not.
 
     Raises:
-        ValueError: naming those that there are.
+        ValueError: naming those that there are, or those that can.
     """
     if engine not in ("auto", "eager", *ENGINES):
         raise ValueError(f"engine is {engine!r}; expected auto, eager or one of {', '.join(ENGINES)}")
+    reason = _why_not(model, engine) if engine in ENGINES else None
+    if reason is not None:
+        expected = ", ".join(("auto", "eager", *_fitting(model)))
+        raise ValueError(f"engine {engine} cannot take {type(model).__name__}: {reason}; expected one of {expected}")
 
 
 def start_engine(model: PreTrainedModel, engine: str) -> None:
-    """Let the layers that a model has on the CPU run on an engine, in place; `prepare.prepare_target` is for users.
+    """Let the layers that a model has on the CPU run on an engine (`check_engine`), in place.
 
-    Raises:
-        ValueError: if the engine cannot take this model, naming those that can.
+    `prepare.prepare_target` is for users. Whatever interrupts it, `stop_engine` takes back what was done.
     """
     reasons = {}
     for name in _candidates(engine):
         reason = _why_not(model, name)
         if reason is None:
-            _prepared[model] = _Prepared(name, ENGINES[name].prepare(model), exact.switch_on(model))
-            activations.switch_on(model)
-            norms.switch_on(model)
-            layers.switch_on(model)  # last: it builds on the others
+            _switch_on(model, name)
             break
         reasons[name] = reason
-    if engine not in ("auto", "eager", engine_of(model)):
-        expected = ", ".join(("auto", "eager", *_fitting(model)))
-        raise ValueError(
-            f"engine {engine} cannot take {type(model).__name__}: {reasons[engine]}; expected one of {expected}"
-        )
     refused = "".join(f"; not {name}: {reason}" for name, reason in reasons.items())
     logger.info("%s runs on %s, %d threads%s", type(model).__name__, engine_of(model), chosen_threads(), refused)
     if engine != "eager" and dispatch_of(model) is None:  # layers with hooks of their own are not streamed
         stream_prompts(model)
+
+
+def _switch_on(model: PreTrainedModel, name: str) -> None:
+    _engines[model] = name
+    ENGINES[name].prepare(model)
+    exact.switch_on(model)
+    activations.switch_on(model)
+    norms.switch_on(model)
+    layers.switch_on(model)  # last: it builds on the others
 
 
 def stream_prompts(model: PreTrainedModel) -> None:
@@ -120,19 +106,20 @@ def stream_prompts(model: PreTrainedModel) -> None:
 
 
 def stop_engine(model: PreTrainedModel) -> None:
-    """Give the model its own layers back, bit for bit.
+    """Give the model its own layers back, bit for bit; a prepared model's copy too, whose weights are its own already.
 
     Raises:
         RuntimeError: if the engine cannot give the weights back, saying why; the model then stays prepared.
     """
-    if model in _prepared:
-        _prepared[model].undo.undo()
+    swap = swap_of(model)
+    if swap is not None:
+        swap.undo()
     prefill.remove(model)  # gives the layers back what it found there
-    if model in _prepared:
-        exact.switch_off(model, _prepared.pop(model).attention)
-        layers.switch_off(model)
-        activations.switch_off(model)
-        norms.switch_off(model)
+    exact.switch_off(model)
+    layers.switch_off(model)
+    activations.switch_off(model)
+    norms.switch_off(model)
+    _engines.pop(model, None)
 
 
 def why_not(model: PreTrainedModel) -> str | None:

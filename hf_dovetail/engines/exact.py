@@ -7,6 +7,7 @@ that treat rows alike (`onednn`, `int8`, `int4`), a node of a verified tree gets
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -55,26 +56,22 @@ def exact_attention(
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
 
 
-def switch_on(model: PreTrainedModel) -> str | None:
-    """Let a model that uses sdpa use `exact_attention`; returns what it used before, or None if nothing changed."""
+def switch_on(model: PreTrainedModel) -> None:
+    """Let a model that uses sdpa use `exact_attention`."""
     text = model.config.get_text_config(decoder=True)
-    before = text._attn_implementation
     heads, groups = getattr(text, "num_attention_heads", 0), getattr(text, "num_key_value_heads", None)
-    if before != "sdpa" or (groups in (None, heads) and native.why_not() is not None):
-        return None
+    if text._attn_implementation != "sdpa" or (groups in (None, heads) and native.why_not() is not None):
+        return
     if ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward:  # somebody's own, under that name
-        return None
-    try:
+        return
+    with suppress(ValueError):  # a model that does not take attention from outside
         model.set_attn_implementation(NAME)
-    except ValueError:  # a model that does not take attention from outside
-        return None
-    return before
 
 
-def switch_off(model: PreTrainedModel, before: str | None) -> None:
-    """Give the model its own attention back, unless it was given another one meanwhile."""
-    if before is not None and model.config.get_text_config(decoder=True)._attn_implementation == NAME:
-        model.set_attn_implementation(before)
+def switch_off(model: PreTrainedModel) -> None:
+    """Give the model sdpa back, unless it was given another attention meanwhile; a prepared model's copy too."""
+    if model.config.get_text_config(decoder=True)._attn_implementation == NAME:
+        model.set_attn_implementation("sdpa")
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:

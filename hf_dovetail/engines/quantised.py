@@ -7,22 +7,29 @@ head, embeddings, routers of experts and adapters (PEFT's) keep their precision 
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, logging
+from transformers.utils.hub import cached_file
 
+from ..formats.files import read_tensors
 from ..packed import Kernel
 from . import onednn
 from .native import NativeInt4, NativeInt8, Packed
 from .swap import BASE_LAYER, DTYPES, LosslessKernel, Swap, adapter_paths, can_pack, packed_by
+
+logger = logging.get_logger(__name__)
 
 LEVELS = 127
 """Largest quantised magnitude of activations, and of 8-bit weights."""
@@ -238,6 +245,7 @@ def prepare(model: PreTrainedModel, new_matrix: Callable[[], StackedMatrix]) -> 
         if path in adapters or _keeps_precision(path.removesuffix(f".{BASE_LAYER}"), module, head)
     }
     swap, stacks = QuantisedSwap(model), _Stacks(new_matrix)
+    swap.warn_if_lost(model, kept)
 
     def pack(name: str, weight: Tensor, is_embedding: bool) -> QuantisedKernel | LosslessKernel | None:
         if name in kept or is_embedding or not _can_quantise(weight):
@@ -284,8 +292,25 @@ class QuantisedSwap(Swap):
     """Quantised weights; `undo` reads the original ones from the model's own checkpoint."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self._model = weakref.ref(model)  # the model's entry among the prepared ones must not keep it alive
+        super().__init__(model)
+        source = model.name_or_path  # a program may change its working directory later
+        self._source = os.path.abspath(source) if os.path.isdir(source) else source
+        self._originals: dict[int, Tensor] = {}  # by their kernels' ids, on their way back
+
+    def warn_if_lost(self, model: PreTrainedModel, kept: set[str]) -> None:
+        """Say before anything is quantised that it could not be had back; of `kept` weights nothing is lost."""
+        weights = {
+            _own_name(f"{path}.weight"): module.weight.detach()
+            for path, module in model.named_modules()
+            if type(module) is nn.Linear and f"{path}.weight" not in kept and can_pack(module.weight)
+        }
+        reason = _why_lost(self._source, _options(model), weights)
+        if reason is not None:
+            logger.warning(
+                "restore_target will not be able to give the original of the quantised weights back: %s; if they are "
+                "needed again, save the model and load it from there before it is prepared",
+                reason,
+            )
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -297,37 +322,57 @@ class QuantisedSwap(Swap):
         Raises:
             RuntimeError: if the weights are not on disk, or not those that were quantised; nothing is changed then.
         """
-        if not self.lossless:
-            quantised = [swapped.kernel for swapped in self._swapped if not swapped.kernel.lossless]
-            originals = _reread(self._model(), quantised)
-            self._swapped = [
-                replace(swapped, kernel=originals.get(id(swapped.kernel), swapped.kernel)) for swapped in self._swapped
-            ]
-        super().undo()
+        lost = [each.kernel for each in self._swapped if each.is_emptied and not each.kernel.lossless]
+        self._originals = _reread(self._model(), self._source, lost) if lost else {}
+        try:
+            super().undo()
+        finally:
+            self._originals = {}
+
+    def _original(self, kernel: Kernel) -> Tensor:
+        return kernel.dense() if kernel.lossless else self._originals[id(kernel)]
 
 
-@dataclass(frozen=True)
-class _Original:
-    """An original weight in the place of its kernel, on its way back."""
-
-    weight: Tensor
-
-    def dense(self) -> Tensor:
-        return self.weight
+def _options(model: PreTrainedModel) -> dict[str, Any]:
+    """Where a checkpoint is looked for: among what is on this machine, in the revision that was loaded."""
+    return {"local_files_only": True, "revision": getattr(model.config, "_commit_hash", None)}
 
 
-def _reread(model: PreTrainedModel, kernels: list[QuantisedKernel]) -> dict[int, _Original]:
+def _why_lost(source: str, options: dict[str, Any], weights: dict[str, Tensor]) -> str | None:
+    """Why weights could not be read again, as far as a look at a checkpoint tells, or None.
+
+    Two rows of each weight are compared; `_reread` compares all of it.
+    """
+    if not source:
+        return "the model was built in memory, not loaded from a checkpoint"
+    look = partial(cached_file, source, _raise_exceptions_for_missing_entries=False, **options)
+    try:
+        lazy = look(SAFE_WEIGHTS_NAME) or look(SAFE_WEIGHTS_INDEX_NAME)
+        stored = read_tensors(source, options, weights.__contains__) if lazy else {}  # others are read as a whole
+        if not lazy and not look(WEIGHTS_NAME) and not look(WEIGHTS_INDEX_NAME):
+            return f"its checkpoint {source!r} holds no weights"
+    except (OSError, ValueError) as error:
+        return f"its checkpoint {source!r} cannot be read ({error})"
+    changed = next((name for name, weight in stored.items() if _differ(weight, weights[name])), None)
+    return None if changed is None else f"{changed} is not the weight in its checkpoint {source!r}"
+
+
+def _differ(stored: Tensor, weight: Tensor) -> bool:
+    """Whether the first or the last row of a weight (N, K) is another one in its checkpoint."""
+    ends = [0, -1]
+    return stored.shape != weight.shape or fingerprint(stored[ends].to(weight.dtype)) != fingerprint(weight[ends])
+
+
+def _reread(model: PreTrainedModel, source: str, kernels: list[QuantisedKernel]) -> dict[int, Tensor]:
     """The weights that were quantised, by their kernel's id, from the checkpoint that the model was loaded from."""
-    source = model.name_or_path
     impossible = "the original of the quantised weights cannot be given back: "
     if not source:
         raise RuntimeError(
             f"{impossible}the model was built in memory, not loaded from a checkpoint; build it again, or save it and "
             "load it before it is prepared"
         )
-    revision = getattr(model.config, "_commit_hash", None)
     try:
-        loaded = type(model).from_pretrained(source, dtype=model.dtype, local_files_only=True, revision=revision)
+        loaded = type(model).from_pretrained(source, dtype=model.dtype, **_options(model))
     except (OSError, ValueError) as error:
         raise RuntimeError(f"{impossible}its checkpoint {source!r} can no longer be read ({error})") from error
     weights = {_own_name(name): weight for name, weight in loaded.named_parameters(remove_duplicate=False)}
@@ -338,7 +383,7 @@ def _reread(model: PreTrainedModel, kernels: list[QuantisedKernel]) -> dict[int,
                 f"{impossible}{kernel.name} in its checkpoint {source!r} is not the weight that was quantised; "
                 "load the model again"
             )
-    return {id(kernel): _Original(weights[_own_name(kernel.name)].detach()) for kernel in kernels}
+    return {id(kernel): weights[_own_name(kernel.name)].detach() for kernel in kernels}
 
 
 def _own_name(name: str) -> str:

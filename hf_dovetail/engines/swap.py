@@ -1,4 +1,7 @@
-"""Puts packed weights in the place of a model's linear weights, one at a time, and the original ones back."""
+"""Puts packed weights in the place of a model's linear weights, one at a time, and the original ones back.
+
+A swap is known before anything is changed (`swap_of`), so that whatever interrupts it can be taken back.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,15 @@ import mmap
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..packed import Kernel, PackedWeight
+from ..packed import Kernel, PackedWeight, would_change
 
 logger = logging.get_logger(__name__)
 
@@ -39,70 +43,98 @@ class LosslessKernel(Kernel, Protocol):
 
 @dataclass(frozen=True)
 class _Swapped:
-    """A parameter (emptied meanwhile), the modules that have it as their `weight`, and its kernel."""
+    """A parameter (emptied once it is packed), the modules that had it as their `weight`, and its kernel."""
 
     original: nn.Parameter
     owners: tuple[nn.Module, ...]
     kernel: Kernel
 
-    def undo(self) -> None:
-        self.original.data = self.kernel.dense()
-        for module in self.owners:
-            if isinstance(module.weight, PackedWeight):  # else it has got another one meanwhile, which it keeps
-                module.weight = self.original
+    @property
+    def is_emptied(self) -> bool:
+        """Whether the kernel alone holds the weight."""
+        return self.original.numel() == 0
 
 
 class Swap:
     """The weights of one model that are packed at present. At no time are two copies of all weights in memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = ref(model)  # the model's entry among the swaps must not keep it alive
         self._swapped: list[_Swapped] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     @torch.no_grad()
     def pack(self, model: PreTrainedModel, pack: Pack) -> int:
-        """Pack every linear weight that `pack` takes; return how many. A failure leaves the model as it was."""
-        files, freed = _mapped_files(), 0
-        try:
-            for name, owners in _linear_weights(model).items():
-                original = owners[0].weight
-                tied = any(isinstance(module, nn.Embedding) for module in owners)
-                kernel = pack(name, original.detach(), tied)
-                if kernel is None:
-                    continue
-                self._swapped.append(_Swapped(original, owners, kernel))
-                packed = nn.Parameter(PackedWeight(kernel), requires_grad=False)
-                packed.trainable = original.requires_grad
-                for module in owners:
-                    module.weight = packed
-                _forget_pages(original, files)
-                freed += original.nbytes
-                original.data = original.new_empty(0)
-                if freed > _TRIM_BYTES:
-                    freed = _return_memory()
-        except BaseException:
-            self.undo()
-            raise
-        _return_memory()
+        """Pack every linear weight that `pack` takes; return how many. After a failure, `undo` takes back what was."""
+        _swaps[model] = self
         self._hooks.append(model.register_state_dict_post_hook(_unpack_state))
         self._hooks.append(model.register_forward_pre_hook(_TrainingWarning()))
+        self._hooks.extend(module.register_load_state_dict_pre_hook(_refuse_loading) for module in model.modules())
+        files, freed = _mapped_files(), 0
+        for name, owners in _linear_weights(model).items():
+            original = owners[0].weight
+            tied = any(isinstance(module, nn.Embedding) for module in owners)
+            kernel = pack(name, original.detach(), tied)
+            if kernel is None:
+                continue
+            packed = nn.Parameter(PackedWeight(kernel), requires_grad=False)
+            packed.trainable = original.requires_grad
+            self._swapped.append(_Swapped(original, owners, kernel))
+            for module in owners:
+                module.weight = packed
+            _forget_pages(original, files)
+            freed += original.nbytes
+            original.data = original.new_empty(0)
+            if freed > _TRIM_BYTES:
+                freed = _return_memory()
+        _return_memory()
         return len(self._swapped)
-
-    @property
-    def lossless(self) -> bool:
-        """Whether `undo` gives back the very weights."""
-        return all(swapped.kernel.lossless for swapped in self._swapped)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def undo(self) -> None:
-        """Give the modules their own parameters back, bit for bit where the kernels are lossless."""
+        """Give the modules their own parameters back, bit for bit where the kernels are lossless.
+
+        After a failure the next call goes on with what is still packed.
+        """
+        places = self._places()
         while self._swapped:
-            self._swapped.pop().undo()
+            swapped = self._swapped[-1]
+            if swapped.is_emptied:
+                swapped.original.data = self._original(swapped.kernel)
+            for module, name in places.get(id(swapped.kernel), ()):
+                setattr(module, name, swapped.original)
+            self._swapped.pop()
         _return_memory()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        _swaps.pop(self._model(), None)
+
+    def _original(self, kernel: Kernel) -> Tensor:
+        """The weight that a kernel stands for."""
+        return kernel.dense()
+
+    def _places(self) -> dict[int, list[tuple[nn.Module, str]]]:
+        """Modules and attributes where a kernel's weight stands now, by the kernel's id.
+
+        A module that has got another weight meanwhile keeps it; pruning keeps the packed one under another name.
+        """
+        owners = (module for swapped in self._swapped for module in swapped.owners)
+        places: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in {*self._model().modules(), *owners}:
+            for name, parameter in module._parameters.items():
+                if isinstance(parameter, PackedWeight):
+                    places.setdefault(id(parameter.kernel), []).append((module, name))
+        return places
+
+
+_swaps: WeakKeyDictionary[PreTrainedModel, Swap] = WeakKeyDictionary()
+
+
+def swap_of(model: PreTrainedModel) -> Swap | None:
+    """What has packed weights of the model, or has begun to."""
+    return _swaps.get(model)
 
 
 PackOne = Callable[[Tensor], LosslessKernel | None]
@@ -111,7 +143,7 @@ PackOne = Callable[[Tensor], LosslessKernel | None]
 
 def swap_all(model: PreTrainedModel, pack_one: PackOne) -> Swap:
     """Pack every linear weight of the model, in place; the LM head that is the embedding too stays one matrix."""
-    swap = Swap()
+    swap = Swap(model)
     swap.pack(model, lambda name, weight, is_embedding: packed_by(pack_one, weight, is_embedding))
     return swap
 
@@ -223,3 +255,18 @@ def _unpack_state(module: nn.Module, state: dict, prefix: str, metadata: object)
             if id(value.kernel) not in dense:
                 dense[id(value.kernel)] = value.original()
             state[name] = dense[id(value.kernel)]
+
+
+def _refuse_loading(module: nn.Module, state: dict, prefix: str, metadata: dict, *rest: Any) -> None:
+    """Refuse other values for packed weights before `load_state_dict` has changed the norms and biases beside them.
+
+    With `assign=True` it replaces weights, which then stay.
+
+    Raises:
+        RuntimeError: naming the first such weight.
+    """
+    if metadata.get("assign_to_params_buffers", False):
+        return
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if isinstance(parameter, PackedWeight) and prefix + name in state:
+            raise would_change(f"load_state_dict, given {prefix}{name},")
