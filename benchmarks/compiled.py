@@ -22,10 +22,10 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.utils import logging
 
 from hf_dovetail import TreeShape, prepare_target
+from hf_dovetail.anatomy import CACHE
 from hf_dovetail.bench.machine import read_bandwidth
 from hf_dovetail.bench.models import load_models
 from hf_dovetail.bench.parts import verify_ms
-from hf_dovetail.cache import CACHE
 
 ROWS = (1, 16)
 CONTEXT = 300

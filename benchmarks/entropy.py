@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_dovetail import TreeShape
-from hf_dovetail.cache import CACHE
+from hf_dovetail.anatomy import CACHE
 from hf_dovetail.demo import load_pair
 
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 0}

@@ -21,8 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_dovetail import prefill, prepare_target
-from hf_dovetail.anatomy import decoder_layers
-from hf_dovetail.cache import CACHE
+from hf_dovetail.anatomy import CACHE, decoder_layers
 from hf_dovetail.prefill.measure import measure
 from hf_dovetail.prefill.passes import Streaming
 from hf_dovetail.prefill.switch import switch_on

@@ -20,9 +20,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from transformers.initialization import no_init_weights
 
 from hf_dovetail import prepare_target
+from hf_dovetail.anatomy import CACHE
 from hf_dovetail.bench.machine import read_bandwidth
 from hf_dovetail.bench.parts import read_bytes, weight_shapes
-from hf_dovetail.cache import CACHE
 from hf_dovetail.engines import int4, int8, native
 from hf_dovetail.threads import target_threads
 

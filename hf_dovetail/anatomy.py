@@ -6,14 +6,16 @@ Knows what modules say of themselves and what a pass runs; knows nothing of what
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .cache import CACHE
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+"""What models call the cache among their arguments and outputs: since transformers 5.24, "cache"."""
 
 _TRIED_TOKENS = 2
 _CODE = ("co_code", "co_consts", "co_names", "co_varnames")

@@ -7,7 +7,6 @@ buffers. Sliding-window layers keep every position too: the window belongs to th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from itertools import groupby
 from typing import Any
 
@@ -16,12 +15,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .devices import Move
-
-CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
-"""What models call the cache among their arguments and outputs: since transformers 5.24, "cache"."""
 
 _SMALLEST_BUFFER = 64
 

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from .accept import walk
 from .acceptance import Acceptance
-from .cache import CACHE
+from .anatomy import CACHE
 from .config import TreeShape
 from .curves import MAX_ROWS, ROW_POINTS, CostCurves
 from .dispatch import dispatch_of

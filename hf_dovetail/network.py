@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .anatomy import CACHE
 from .attention import BranchingMask
 from .blocks import KeyValueStore, RMSNorm, RotaryTable, Rotation, finish_logits, fold_mask, make_blocks, make_fusion
-from .cache import CACHE, GrowingCache, num_cache_layers
+from .cache import GrowingCache, num_cache_layers
 from .config import DovetailConfig
 from .eight_bits import EightBitMatrix, look_up, multiply
 from .levels import likeliest

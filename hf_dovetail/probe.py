@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .anatomy import CACHE
 from .attention import TESTED_TYPES, BranchingMask
-from .cache import CACHE, GrowingCache, num_cache_layers
+from .cache import GrowingCache, num_cache_layers
 from .tree import DraftTree
 
 logger = logging.get_logger(__name__)

@@ -19,9 +19,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .anatomy import decoder_layers
+from .anatomy import CACHE, decoder_layers
 from .attention import BranchingMask, why_not_branching
-from .cache import CACHE, GrowingCache, can_branch, num_cache_layers
+from .cache import GrowingCache, can_branch, num_cache_layers
 from .config import TreeShape
 from .devices import Move
 from .dispatch import dispatch_of

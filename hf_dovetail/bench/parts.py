@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..anatomy import try_pass
-from ..cache import CACHE
+from ..anatomy import CACHE, try_pass
 from ..calibrate import timed_tree
 from ..config import TreeShape
 from ..draft import DraftSession

@@ -18,8 +18,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..anatomy import Anatomy, try_pass
-from ..cache import CACHE
+from ..anatomy import CACHE, Anatomy, try_pass
 from ..devices import HOST, Move
 from .crossing import Crossing, Enter, EnterDecoder, EnterModel, Twin
 

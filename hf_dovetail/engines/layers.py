@@ -25,8 +25,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
 
-from ..anatomy import same_code
-from ..cache import CACHE
+from ..anatomy import CACHE, same_code
 from ..forwards import take_out
 from ..grouped import MOST_ROWS, NAME
 from ..packed import PackedWeight

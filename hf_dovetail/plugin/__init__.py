@@ -17,7 +17,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from ..cache import CACHE
+from ..anatomy import CACHE
 from ..config import TreeShape
 from ..controller import Controller
 from ..decode import decode

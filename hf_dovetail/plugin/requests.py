@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..cache import CACHE
+from ..anatomy import CACHE
 from ..modeling import DovetailAssistantModel
 from ..weights import check_fits
 

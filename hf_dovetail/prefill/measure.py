@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
-from ..anatomy import decoder_layers
-from ..cache import CACHE
+from ..anatomy import CACHE, decoder_layers
 from ..curves import described_path
 from ..fingerprint import accelerator_name, cpu_name, geometry, versions
 from ..threads import chosen_threads, target_threads
