@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import logging
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..calibrate import calibrate
 from ..config import TreeShape
-from ..engines import ENGINES
+from ..engines import ENGINES, quantised
 from ..prepare import prepare_target
 from . import llamacpp
 from .machine import read_bandwidth, record
@@ -171,7 +172,8 @@ class Run:
     def _torch_turn(self, engine: str) -> _Turn:
         target = self._models.make_target()
         shapes = weight_shapes(target)
-        prepare_target(target, engine=engine)
+        with _silent(quantised.logger):  # nobody wants the weights of a target that was made for this turn back
+            prepare_target(target, engine=engine)
         rows = {row.name: row for row in self._models.rows}
         for row in rows.values():
             if self._wanted(row.name):
@@ -374,3 +376,14 @@ def _parts(repeats: list[list[Answer]]) -> dict[str, float]:
 
 def _summary(values: list[float]) -> dict[str, float]:
     return {"median": round(statistics.median(values), 3), "each_turn": [round(value, 3) for value in values]}
+
+
+@contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    """Keep a module's warnings to itself."""
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
