@@ -27,6 +27,7 @@ from .draft import DraftSession
 from .experience import LARGEST
 from .learned import keep
 from .modeling import DovetailAssistantModel
+from .prepare import check_draft
 from .sharing import SharedCores
 from .target import Context, FeatureTap, Target, TreeTarget, open_target
 from .threads import target_threads
@@ -59,8 +60,10 @@ def calibrate(
         budget_s: about how long it may take; every size is timed at least once after a warm-up.
 
     Raises:
+        TypeError: if the draft is none.
         ValueError: if the draft does not fit the target, or the target's cache can neither branch nor be cropped.
     """
+    check_draft(draft)
     draft.meet(target)
     on_host = dispatch_of(target) is None and target.device.type == "cpu"
     with (

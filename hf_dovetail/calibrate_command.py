@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ def run_calibrate(arguments: argparse.Namespace) -> None:
     """
     if (arguments.target is None) != (arguments.draft is None):
         raise ValueError("give both --target and --draft, or neither for the pair in the package")
-    if not arguments.budget_s > 0:
-        raise ValueError(f"--budget-s is {arguments.budget_s}; expected more than 0 seconds")
+    if not 0 < arguments.budget_s < math.inf:
+        raise ValueError(f"--budget-s is {arguments.budget_s}; expected a number of seconds, more than 0")
     pyplot = None if arguments.plot is None else _pyplot(arguments.plot)
 
     from .calibrate import calibrate

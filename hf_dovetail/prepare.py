@@ -65,7 +65,8 @@ def prepare_target(
         RuntimeError: if the model is prepared already, and its engine cannot give the weights back (`restore_target`).
     """
     given, model = model, _unwrapped(model)
-    _check_draft(draft)
+    if draft is not None:
+        check_draft(draft)
     check_engine(model, engine)
     budget = None if vram_budget is None else _bytes(vram_budget)
     if budget is None and dispatch_of(model) is None and engine == engine_of(model) != "eager":
@@ -131,8 +132,13 @@ def _unwrapped(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def _check_draft(draft: object) -> None:
-    if draft is not None and not isinstance(draft, DovetailAssistantModel):
+def check_draft(draft: object) -> None:
+    """Refuse what is no draft.
+
+    Raises:
+        TypeError: saying what was given, and how a draft is made.
+    """
+    if not isinstance(draft, DovetailAssistantModel):
         shown_as = repr(draft) if isinstance(draft, str | PathLike) else f"a {type(draft).__name__}"
         raise TypeError(
             f"draft is {shown_as}; expected a DovetailAssistantModel, as DovetailAssistantModel.from_pretrained loads "

@@ -249,7 +249,8 @@ def command(*words: str) -> None:
     ("words", "message"),
     [
         (["--target", "x"], "both --target and --draft"),
-        (["--budget-s", "0"], "more than 0 seconds"),
+        (["--budget-s", "0"], "seconds, more than 0"),
+        (["--budget-s", "inf"], "seconds, more than 0"),
         (["--plot", "curve.unknown"], "curve.unknown|needs? matplotlib"),
     ],
 )
@@ -269,6 +270,11 @@ def test_the_command_measures_keeps_and_draws(
     assert (tmp_path / "curve.png").stat().st_size > 10_000
     [curves] = [load_curves(path) for path in cache.glob("*.json")]
     assert table(curves) in capsys.readouterr().out
+
+
+def test_what_is_no_draft_is_refused(llama: PreTrainedModel) -> None:
+    with pytest.raises(TypeError, match="draft is a LlamaForCausalLM; expected a DovetailAssistantModel"):
+        calibrate(llama, llama, progress=False)
 
 
 def test_passes_are_timed_with_the_threads_of_a_round(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
