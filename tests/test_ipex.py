@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,10 +18,10 @@ from transformers import PreTrainedModel
 
 from hf_dovetail.cli import main
 from hf_dovetail.demo import demo_prompts, load_pair, pair_path
-from hf_dovetail.engines import ENGINES, ipex
+from hf_dovetail.engines import ENGINES, ipex, onednn
 from hf_dovetail.packed import PackedWeight
 
-PRECISIONS = (torch.float32, torch.bfloat16)
+PRECISIONS = (torch.float32, *(torch.bfloat16,) * onednn.has_bf16())
 ROOT = Path(__file__).resolve().parent.parent
 
 needs_ipex = pytest.mark.skipif(
@@ -51,6 +52,14 @@ def packed(model: nn.Module) -> list[str]:
 @torch.no_grad()
 def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model(ids).logits
+
+
+def test_bfloat16_needs_a_cpu_with_its_products(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards users of AVX2 CPUs, where the native kernels let `onednn` take what IPEX cannot."""
+    monkeypatch.setattr(onednn, "has_bf16", lambda: False)
+    monkeypatch.setattr(onednn.native, "multiplies_bf16", lambda: True)
+    assert "no bfloat16 for this CPU" in ipex.why_not(copy.deepcopy(llama).bfloat16())
+    assert "no bfloat16" not in str(ipex.why_not(llama))
 
 
 def test_without_ipex_the_reason_names_the_extra(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:

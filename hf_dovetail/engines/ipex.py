@@ -69,9 +69,11 @@ class IpexKernel:
 
 def why_not(model: PreTrainedModel) -> str | None:
     """Why this engine cannot take the model, or None; imports nothing of IPEX."""
-    reason = onednn.why_not(model)  # whose precisions and instructions are IPEX's too
+    reason = onednn.why_not(model)  # whose precisions are IPEX's too
     if reason is not None:
         return reason
+    if model.dtype == torch.bfloat16 and not onednn.has_bf16():
+        return "oneDNN, whose products IPEX's are, has no bfloat16 for this CPU"
     if find_spec(PACKAGE) is None:
         return f"Intel Extension for PyTorch is not installed; {INSTALL} (it needs torch {_TORCH})"
     if torch.__version__.split(".")[:2] != _TORCH.split("."):
