@@ -2,20 +2,25 @@
 
     python benchmarks/priced.py                    # writes results/priced.json
     python benchmarks/priced.py --prompts-per-set 3 --machines "fast, int8" --name scratch
+    python benchmarks/priced.py --first-answers --prompts-per-set 10 --name first_answers
 
 The pair in the package decodes real prompts; what a round takes is added up from what `hf-dovetail bench` has measured
 on a machine: a verification by its rows, a tree by its levels, the rest of a round. So many prompts can be compared and
 nothing disturbs them: what lies between auto and the best shape is what the controller does not know, or does wrong.
 `benchmarks/shapes.py` measures the same with clocks, on a few prompts. Fixed shapes look nothing up and never pause.
+With --first-answers every answer is a process's first: nothing is known of the text, and of the machine either what
+calibration has measured, or nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -202,9 +207,12 @@ class Decoding:
 
 
 def compare(
-    decoding: Decoding, group: PromptSet, draft: DovetailAssistantModel, random: DovetailAssistantModel,
+    decoding: Decoding,
+    group: PromptSet,
+    draft: DovetailAssistantModel,
     chosen: dict[str, Prices],
-) -> Iterator[dict[str, Any]]:  # fmt: skip
+    random: DovetailAssistantModel,
+) -> Iterator[dict[str, Any]]:
     """Of each machine: ms per token, plainly, with the best of the fixed shapes, and with automatic trees."""
     rounds = {name_of(shape): decoding.fixed(group, draft, shape) for shape in tqdm(SHAPES, desc=group.name)}
     for name, at in chosen.items():
@@ -227,6 +235,24 @@ def compare(
         }
 
 
+def first_answers(
+    decoding: Decoding, group: PromptSet, draft: DovetailAssistantModel, chosen: dict[str, Prices]
+) -> Iterator[dict[str, Any]]:
+    """Of each machine: time of answers without experience over that of plain decoding, their mean."""
+    alone = [replace(group, prompts=(prompt,)) for prompt in group.prompts]
+    for name, at in chosen.items():
+        ways = {"costs measured": True, "costs not measured": False}
+        over_plain = {
+            way: statistics.mean(decoding.automatic(one, draft, at, measured=measured) for one in alone) / at.plain
+            for way, measured in ways.items()
+        }
+        yield {
+            "machine": name,
+            "prompts": group.name,
+            "first_answers_over_plain": {way: round(ratio, 3) for way, ratio in over_plain.items()},
+        }
+
+
 def prompt_sets(prompts: int) -> list[PromptSet]:
     """Repetitive text, and as many problems of HumanEval as asked for, decoded greedily and sampled."""
     sets = [prompt_set(name) for name in NAMES]
@@ -239,6 +265,7 @@ def main() -> None:
     parser.add_argument("--prompts-per-set", type=int, default=30)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--machines", nargs="+", default=list(machines()))
+    parser.add_argument("--first-answers", action="store_true")
     parser.add_argument("--name", default="priced")
     arguments = parser.parse_args()
     target, draft, tokenizer = load_pair(torch.bfloat16)
@@ -248,9 +275,10 @@ def main() -> None:
         model.draft_device = "cpu"
     decoding, chosen = Decoding(target, tokenizer, arguments.new_tokens), machines()
     chosen = {name: chosen[name] for name in arguments.machines}
+    measure = first_answers if arguments.first_answers else partial(compare, random=random)
     found = []
     for group in prompt_sets(arguments.prompts_per_set):
-        for line in compare(decoding, group, draft, random, chosen):
+        for line in measure(decoding, group, draft, chosen):
             print({key: value for key, value in line.items() if key != "fixed_ms"}, flush=True)
             found.append(line)
     write(
