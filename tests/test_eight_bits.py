@@ -168,7 +168,7 @@ def test_what_8_bits_refuse(llama: PreTrainedModel, untrained: DovetailAssistant
 def test_copies_draft_alike(ids: Tensor, llama: PreTrainedModel, tmp_path: Path) -> None:
     tiny.draft_for(llama, "untrained").save_pretrained(tmp_path)
     draft = DovetailAssistantModel.from_pretrained(tmp_path, weight_bits=8)
-    draft.draft_device = "cpu"
+    draft.draft_device, draft.tree = "cpu", TreeShape()
     tiny.both(llama, draft, ids)
     rounds = draft.last_stats.rounds
     other = copy.deepcopy(draft)
