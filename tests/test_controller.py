@@ -270,7 +270,8 @@ def test_the_opening_draws_a_line() -> None:
     """Beyond what was seen the line goes on; of a size the least time counts; one size alone follows the guess."""
     points = (1, 2, 8, 32)
     assert straight_line([(1, 10.0)], points) == pytest.approx((10.0, 10.15, 11.05, 14.65))
-    assert straight_line([(1, 10.0), (8, 50.0), (8, 17.0)], points) == pytest.approx((10.0, 11.0, 17.0, 41.0))
+    for pair in ([(8, 50.0), (8, 17.0)], [(8, 17.0), (8, 50.0)]):
+        assert straight_line([(1, 10.0), *pair], points) == pytest.approx((10.0, 11.0, 17.0, 41.0))
     assert straight_line([(1, 10.0), (8, 9.0)], points) == (10.0,) * 4
     assert straight_line([(2, 10.0), (8, 16.0)], points) == pytest.approx((10.0, 10.0, 16.0, 40.0))
     costs = Costs(None)
